@@ -1,0 +1,74 @@
+"""What a request asks of the sampler, and when it stops."""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+
+MAX_STOP_STRINGS = 16
+MAX_TOP_LOGPROBS = 20
+
+
+class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """Names and defaults are SGLang's. Immutable by convention once `verify` has passed."""
+
+    max_new_tokens: int | None = 128
+    """Generated tokens at most; None: as many as fit the context and the KV pool."""
+    min_new_tokens: int = 0
+    """End-of-sequence and stop tokens are not sampled before so many tokens."""
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    top_k: int = -1
+    """-1 (or 0): the whole vocabulary."""
+    min_p: float = 0.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    logit_bias: dict[int, float] = {}
+    stop: list[str] = []
+    stop_token_ids: list[int] = []
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    no_stop_trim: bool = False
+    """Keep the matched stop string or stop token in the text."""
+
+    def verify(self, vocab_size: int) -> None:
+        """Raises ValueError with a message that starts with the offending field's name."""
+
+        def check(field: str, ok: bool, limits: str) -> None:
+            if not ok:
+                raise ValueError(f"{field} must be {limits}, got {getattr(self, field)}")
+
+        check("max_new_tokens", self.max_new_tokens is None or self.max_new_tokens >= 0, ">= 0")
+        check("min_new_tokens", self.min_new_tokens >= 0, ">= 0")
+        if self.max_new_tokens is not None:
+            check(
+                "min_new_tokens",
+                self.min_new_tokens <= self.max_new_tokens,
+                f"<= max_new_tokens ({self.max_new_tokens})",
+            )
+        check("temperature", 0.0 <= self.temperature < math.inf, "a finite number >= 0")
+        check("top_p", 0.0 < self.top_p <= 1.0, "in (0, 1]")
+        check("top_k", self.top_k >= -1, "-1 (all tokens) or >= 0")
+        check("min_p", 0.0 <= self.min_p <= 1.0, "in [0, 1]")
+        check("frequency_penalty", -2.0 <= self.frequency_penalty <= 2.0, "in [-2, 2]")
+        check("presence_penalty", -2.0 <= self.presence_penalty <= 2.0, "in [-2, 2]")
+        check("repetition_penalty", 0.0 < self.repetition_penalty <= 2.0, "in (0, 2]")
+        check("seed", self.seed is None or -(2**63) <= self.seed < 2**63, "a 64-bit integer")
+        for token, bias in self.logit_bias.items():
+            if not 0 <= token < vocab_size:
+                raise ValueError(f"logit_bias token ids must be in [0, {vocab_size}), got {token}")
+            if not -100.0 <= bias <= 100.0:
+                raise ValueError(f"logit_bias values must be in [-100, 100], got {bias}")
+        for token in self.stop_token_ids:
+            if not 0 <= token < vocab_size:
+                raise ValueError(
+                    f"stop_token_ids must be in [0, {vocab_size}), got {token}"
+                )
+        if len(self.stop) > MAX_STOP_STRINGS:
+            raise ValueError(f"stop takes at most {MAX_STOP_STRINGS} strings, got {len(self.stop)}")
+        if any(not s for s in self.stop):
+            raise ValueError("stop strings must not be empty")

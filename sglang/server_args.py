@@ -1,0 +1,175 @@
+"""The launch flags: one dataclass, from whose fields the command line is generated."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import random
+from dataclasses import dataclass, field
+from typing import Any, get_args, get_type_hints
+
+
+def _flag(default: Any, help: str, *spellings: str, choices: tuple[str, ...] = ()) -> Any:
+    """A field with its help text; `spellings` are accepted beside --the-field-name."""
+    metadata = {"help": help, "spellings": spellings, "choices": choices}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class ServerArgs:
+    # Model
+    model_path: str = _flag(
+        "", "a local folder, a .gguf file or a hub id (default: the demo model)", "--model"
+    )
+    tokenizer_path: str | None = _flag(None, "where the tokenizer is, if not in the model path")
+    skip_tokenizer_init: bool = _flag(False, "no tokenizer: requests and replies are token ids")
+    load_format: str = _flag(
+        "auto",
+        "how weights are stored; dummy: random weights",
+        choices=("auto", "safetensors", "pt", "gguf", "dummy"),
+    )
+    dtype: str = _flag(
+        "auto",
+        "of weights and activations",
+        choices=("auto", "float16", "bfloat16", "float32"),
+    )
+    device: str = _flag("auto", "where the model runs", choices=("auto", "cuda", "cpu"))
+    context_length: int | None = _flag(
+        None, "longest prompt + output, in tokens (default: the model's)"
+    )
+    chat_template: str | None = _flag(None, "a Jinja file, or a template, instead of the model's")
+    served_model_name: str | None = _flag(
+        None, "the name in /v1/models and replies (default: the model path)"
+    )
+    trust_remote_code: bool = _flag(False, "let a checkpoint's own tokenizer code run")
+    tp_size: int = _flag(1, "tensor-parallel ranks", "--tp", "--tensor-parallel-size")
+
+    # HTTP
+    host: str = _flag("127.0.0.1", "address to listen on")
+    port: int = _flag(30000, "port to listen on; 0: any free one")
+    log_level: str = _flag(
+        "info", "least severe message to log", choices=("debug", "info", "warning", "error")
+    )
+
+    # Memory and scheduling
+    mem_fraction_static: float = _flag(
+        0.88, "part of the GPU's memory for weights and KV cache together"
+    )
+    max_total_tokens: int | None = _flag(
+        None, "KV slots (default: what mem-fraction-static leaves on a GPU, 32768 on a CPU)"
+    )
+    max_running_requests: int | None = _flag(
+        None, "requests in a batch at most (default: 256 on a GPU, 64 on a CPU)"
+    )
+    chunked_prefill_size: int | None = _flag(
+        None, "new prompt tokens in a step at most (default: 8192 on a GPU, 512 on a CPU)"
+    )
+    schedule_policy: str = _flag(
+        "lpm",
+        "which queued request goes next: longest prefix match, DFS weight, random, or first come "
+        "first served",
+        "--schedule-heuristic",
+        choices=("lpm", "weight", "random", "fcfs"),
+    )
+    schedule_conservativeness: float = _flag(
+        1.0, "above 1: admit fewer requests, preempt less; below 1: the opposite"
+    )
+    overlap_depth: int = _flag(
+        2, "steps in flight between router and workers; 1: synchronous, for debugging"
+    )
+    disable_overlap_schedule: bool = _flag(False, "the same as --overlap-depth 1")
+    random_seed: int | None = _flag(None, "seeds of requests that name none, reproducibly", "--seed")
+
+    # Attention and cache
+    attention_backend: str = _flag(
+        "auto",
+        "auto: triton on a GPU, torch_native on a CPU",
+        choices=("auto", "triton", "torch_native"),
+    )
+    disable_radix_cache: bool = _flag(False, "forget every prefix when its request ends")
+    model_mode: list[str] = _flag(
+        [], "SGLang's older spelling of two flags", choices=("no-cache",)
+    )
+
+    def __post_init__(self) -> None:
+        if "no-cache" in self.model_mode:
+            self.disable_radix_cache = True
+        if self.disable_overlap_schedule:
+            self.overlap_depth = 1
+        if self.random_seed is None:
+            self.random_seed = random.randrange(2**31)
+        for name, least in (("tp_size", 1), ("overlap_depth", 1), ("port", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{flag_name(name)} must be at least {least}")
+        for name in (
+            "context_length", "max_total_tokens", "max_running_requests", "chunked_prefill_size"
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{flag_name(name)} must be at least 1")
+        if not 0.0 < self.mem_fraction_static < 1.0:
+            raise ValueError("--mem-fraction-static must be between 0 and 1")
+        if self.schedule_conservativeness < 0.0:
+            raise ValueError("--schedule-conservativeness must not be negative")
+
+
+def flag_name(field_name: str) -> str:
+    return "--" + field_name.replace("_", "-")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Names the valid flags when it is given an unknown one."""
+
+    def parse_args(self, args=None, namespace=None):  # type: ignore[override]
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            valid = sorted(s for a in self._actions for s in a.option_strings if s.startswith("--"))
+            close = difflib.get_close_matches(unknown[0].split("=")[0], valid, n=1)
+            hint = f" (did you mean {close[0]}?)" if close else ""
+            self.error(f"unknown argument {unknown[0]}{hint}; valid flags: {' '.join(valid)}")
+        return parsed
+
+
+def add_cli_args(parser: argparse.ArgumentParser) -> None:
+    """One option for each field of ServerArgs."""
+    types = get_type_hints(ServerArgs)
+    for f in dataclasses.fields(ServerArgs):
+        spellings = [flag_name(f.name), *f.metadata["spellings"]]
+        choices = f.metadata["choices"] or None
+        default = None if f.default is dataclasses.MISSING else f.default
+        help = f.metadata["help"] + ("" if default in (None, "", False) else f" (default: {default})")
+        if types[f.name] is bool:
+            parser.add_argument(*spellings, dest=f.name, action="store_true", help=help)
+        elif f.default is dataclasses.MISSING:
+            parser.add_argument(
+                *spellings, dest=f.name, nargs="+", default=[], choices=choices, help=help
+            )
+        else:
+            kinds = [t for t in get_args(types[f.name]) if t is not type(None)]
+            parser.add_argument(
+                *spellings,
+                dest=f.name,
+                type=kinds[0] if kinds else types[f.name],
+                default=default,
+                choices=choices,
+                metavar=None if choices else f.name.rsplit("_", 1)[-1].upper(),
+                help=help,
+            )
+
+
+def parse_args(argv: list[str] | None = None) -> ServerArgs:
+    """Exits with code 2 and one clear line where a flag is unknown or a value is out of range."""
+    parser = _Parser(
+        prog="python -m sglang.launch_server",
+        description="Serve a language model over the OpenAI API.",
+        allow_abbrev=False,
+    )
+    add_cli_args(parser)
+    namespace = parser.parse_args(argv)
+    try:
+        return ServerArgs(**vars(namespace))
+    except ValueError as error:
+        parser.error(str(error))
