@@ -1,0 +1,41 @@
+"""One forward step, as the model sees it: flat tokens, decode rows first."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from sglang.attention.base import AttentionBackend
+    from sglang.worker.kv_pool import KVPool
+
+
+@dataclass
+class Batch:
+    """T tokens of n rows, on the model's device:
+
+        tokens   | decode row 0 | ... | decode row d-1 | prefill row d: q_len tokens | ...
+        index      0                    d-1              d + q_starts[0]
+
+    Integers are int32. Everything a kernel needs is here: there is no global context.
+    """
+
+    num_decode: int
+    """Rows 0..num_decode-1 have one token each; the tokens of the prefill rows follow."""
+    input_ids: torch.Tensor  # [T]
+    positions: torch.Tensor  # [T]
+    slots: torch.Tensor  # [T] where each token's K and V go; -1 (padding): nowhere
+    rows: torch.Tensor  # [n]
+    kv_lens: torch.Tensor  # [n] tokens that the row's last query sees, itself included; 0: padding
+    slot_table: torch.Tensor  # [R+1, max_len] token position -> KV slot, by row
+    q_starts: torch.Tensor  # [n - num_decode + 1] prefill rows' first tokens, after num_decode
+    max_kv_len: int
+    """An upper bound of kv_lens, known on the host."""
+    attention: AttentionBackend
+    kv_cache: KVPool
+    q_lens_host: np.ndarray | None = None
+    kv_lens_host: np.ndarray | None = None
+    """Copies of the row lengths, [n], known without a sync; None while a graph is captured."""
