@@ -1,0 +1,64 @@
+"""In which order queued requests are admitted (--schedule-policy).
+
+A policy is a function (queue in order of arrival, radix tree) -> the same requests in another order.
+To add one, write it here and name it in POLICIES. The scheduler puts overdue requests before all
+others, so a policy need not care for those that it passes over.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Callable
+
+from sglang.router.radix_cache import Node, RadixCache
+from sglang.router.request import Request
+
+Policy = Callable[[list[Request], RadixCache], list[Request]]
+
+
+def first_come_first_served(queue: list[Request], cache: RadixCache) -> list[Request]:
+    return queue
+
+
+def shuffled(queue: list[Request], cache: RadixCache) -> list[Request]:
+    return random.sample(queue, len(queue))
+
+
+def longest_prefix_match(queue: list[Request], cache: RadixCache) -> list[Request]:
+    """Requests whose KV is already there go first, before it is evicted (SGLang, section 3)."""
+    for request in queue:
+        if request.matched[0] != cache.version:
+            request.matched = (cache.version, cache.match_len(request.tokens))
+    return sorted(queue, key=lambda request: -request.matched[1])
+
+
+def depth_first_weight(queue: list[Request], cache: RadixCache) -> list[Request]:
+    """A depth-first walk of the tree, the branch with most waiting requests first: what shares a
+    prefix runs together (the optimal order for a cache of any size, SGLang, theorem 3.1)."""
+    waiting: dict[Node, list[Request]] = defaultdict(list)
+    weight: dict[Node, int] = defaultdict(int)
+    for request in queue:
+        _, node = cache.match(request.tokens)
+        waiting[node].append(request)
+    for node, requests in waiting.items():
+        above: Node | None = node
+        while above is not None:
+            weight[above] += len(requests)
+            above = above.parent
+    order: list[Request] = []
+    stack = [cache.root]
+    while stack:
+        node = stack.pop()
+        order += waiting.get(node, ())
+        heavy_last = sorted((c for c in node.children.values() if c in weight), key=weight.get)  # type: ignore[arg-type]
+        stack += heavy_last
+    return order
+
+
+POLICIES: dict[str, Policy] = {
+    "lpm": longest_prefix_match,
+    "weight": depth_first_weight,
+    "random": shuffled,
+    "fcfs": first_come_first_served,
+}

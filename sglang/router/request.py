@@ -1,0 +1,123 @@
+"""A request, and its seat while it runs."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from sglang.messages import GenerateRequest, unpack
+from sglang.router.radix_cache import Node
+
+NO_TOKEN = -1
+
+
+class Request:
+    """One sequence to generate, from arrival to its last token.
+
+    While it waits it holds its tokens; while it runs they are in its row of `Rows`.
+    """
+
+    def __init__(self, message: GenerateRequest, eos: tuple[int, ...], seed: int) -> None:
+        params = message.params
+        self.handle = message.handle
+        self.params = params
+        self.tokens = unpack(message.input_ids)
+        self.prompt_len = len(self.tokens)
+        assert params.max_new_tokens is not None
+        self.limit = self.prompt_len + params.max_new_tokens
+        """Tokens, prompt and output, at which it has its full length."""
+        self.stop_tokens = sorted({*params.stop_token_ids, *(() if params.ignore_eos else eos)})
+        self.seed = seed
+        self.top_logprobs = message.top_logprobs
+        self.arrival = 0
+        """Requests arrive in this order; a preempted one keeps its place."""
+        self.overdue_at = 0
+        """When so many requests have been admitted, no policy passes it over any more."""
+        self.announced = False
+        """The detokenizer knows of it."""
+        self.row = -1
+        self.node: Node | None = None
+        """The tree node whose path it has locked, while it runs."""
+        self.admission = 0
+        """Running requests were admitted in this order; the last one is preempted first."""
+        self.matched: tuple[int, int] = (-1, 0)
+        """(tree version, match length): so that waiting costs no walks of an unchanged tree."""
+
+    def __repr__(self) -> str:
+        return f"Request({self.handle}, prompt {self.prompt_len}, limit {self.limit})"
+
+
+class Rows:
+    """The seats of running requests, one column a fact, so that a decode step costs NumPy calls and
+    no Python a request. The worker's device state is indexed by the same row.
+
+        tokens  | prompt .......... | output ... | known on the device only |
+                0                prompt_len     known                 planned + 1
+        KV      | written, or will be by flying steps ....... |
+                0          prefill_len                     planned
+
+    `planned < prefill_len`: prefill, a chunk at a time. After that every step adds one token; its
+    input is the last sampled token, which may not be known here yet.
+    """
+
+    def __init__(self, num_rows: int, max_len: int) -> None:
+        def column(dtype=np.int32):
+            return np.zeros(num_rows, dtype=dtype)
+
+        self.num_rows = num_rows
+        self.requests: list[Request | None] = [None] * num_rows
+        self.tokens = np.empty((num_rows, max_len), dtype=np.int32)
+        self.slots = np.empty((num_rows, max_len), dtype=np.int32)  # append-only while open
+        self.known = column()
+        """Tokens committed."""
+        self.prefill_len = column()
+        """Tokens known when the row opened."""
+        self.planned = column()
+        """Tokens whose KV is written once the steps sent so far have ended."""
+        self.flying = column()
+        """Steps sent and not committed that hold this row."""
+        self.limit = column()
+        self.handle = column()
+        self.open = column(bool)
+        self.leaving = column(bool)
+        """In no further plan; settled when the last flying step is committed."""
+        self.ended = column(bool)
+        """Leaving for good: results that still come are dropped. (Preempted: they count.)"""
+        self.stop_tokens = np.full((num_rows, 4), NO_TOKEN, dtype=np.int32)
+        self._free = list(range(num_rows))[::-1]
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    def running(self) -> np.ndarray:
+        """bool[R]: rows that may be planned."""
+        return self.open & ~self.leaving
+
+    def open_row(self, request: Request, cached_slots: np.ndarray) -> int:
+        row = request.row = self._free.pop()
+        n = len(request.tokens)
+        self.requests[row] = request
+        self.tokens[row, :n] = request.tokens
+        self.slots[row, : len(cached_slots)] = cached_slots
+        self.known[row] = self.prefill_len[row] = n
+        self.planned[row] = len(cached_slots)
+        self.flying[row] = 0
+        self.limit[row] = request.limit
+        self.handle[row] = request.handle
+        self.open[row], self.leaving[row], self.ended[row] = True, False, False
+        missing = len(request.stop_tokens) - self.stop_tokens.shape[1]
+        if missing > 0:
+            wider = np.full((self.num_rows, missing), NO_TOKEN, dtype=np.int32)
+            self.stop_tokens = np.concatenate([self.stop_tokens, wider], axis=1)
+        self.stop_tokens[row] = NO_TOKEN
+        self.stop_tokens[row, : len(request.stop_tokens)] = request.stop_tokens
+        return row
+
+    def close_row(self, row: int) -> None:
+        request = self.requests[row]
+        assert request is not None and self.open[row] and self.flying[row] == 0
+        request.tokens = self.tokens[row, : self.known[row]].copy()
+        request.row = -1
+        self.requests[row] = None
+        self.open[row] = False
+        self._free.append(row)
