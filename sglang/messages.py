@@ -167,6 +167,10 @@ class WorkerReady(Message):
 
     num_slots: int
     """KV slots in the pool."""
+    max_running_requests: int
+    """Rows of device state."""
+    chunked_prefill_size: int
+    """New prompt tokens in a step at most."""
 
 
 class Logprobs(Message):

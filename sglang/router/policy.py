@@ -1,7 +1,7 @@
 """In which order queued requests are admitted (--schedule-policy).
 
-A policy is a function (queue in order of arrival, radix tree) -> the same requests in another order.
-To add one, write it here and name it in POLICIES. The scheduler puts overdue requests before all
+A policy is a function (requests in order of arrival, radix tree) -> the same requests, reordered.
+To add one, write it here and name it in POLICIES. The queue puts overdue requests before all
 others, so a policy need not care for those that it passes over.
 """
 

@@ -79,8 +79,9 @@ class RadixCache:
             if child is None:
                 return
             n = _common_prefix_len(child.key, tokens[at:])
+            partial = n < len(child.key)  # before the yield: `match` then splits the child
             yield child, n
-            if n < len(child.key):
+            if partial:
                 return
             node, at = child, at + n
 

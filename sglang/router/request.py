@@ -37,8 +37,8 @@ class Request:
         self.row = -1
         self.node: Node | None = None
         """The tree node whose path it has locked, while it runs."""
-        self.admission = 0
-        """Running requests were admitted in this order; the last one is preempted first."""
+        self.cached = 0
+        """Tokens of its beginning that the tree held when it was admitted, or got from it since."""
         self.matched: tuple[int, int] = (-1, 0)
         """(tree version, match length): so that waiting costs no walks of an unchanged tree."""
 
@@ -73,6 +73,8 @@ class Rows:
         """Tokens known when the row opened."""
         self.planned = column()
         """Tokens whose KV is written once the steps sent so far have ended."""
+        self.admission = column(np.int64)
+        """Running requests were admitted in this order; the last one is preempted first."""
         self.flying = column()
         """Steps sent and not committed that hold this row."""
         self.limit = column()

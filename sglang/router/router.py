@@ -1,0 +1,125 @@
+"""The router process: requests in, plans to the workers, tokens to the detokenizer."""
+
+from __future__ import annotations
+
+import zmq
+
+from sglang.addresses import Addresses, bind_inbox, connect_outbox
+from sglang.messages import (
+    AbortRequest,
+    Decoder,
+    EngineReady,
+    FlushCache,
+    FlushCacheReply,
+    FromWorker,
+    GenerateRequest,
+    GetStats,
+    StepPlan,
+    StepResult,
+    ToRouter,
+    WorkerReady,
+    encode,
+)
+from sglang.model_config import ModelConfig
+from sglang.router.scheduler import Scheduler
+from sglang.server_args import ServerArgs
+
+
+class Workers:
+    """The model workers, all ranks, as the router sees them: plans go out, results come back."""
+
+    def __init__(self, context: zmq.Context, addresses: Addresses, num_ranks: int) -> None:
+        self._results = bind_inbox(context, addresses.results)
+        self._plans = [connect_outbox(context, addresses.worker(r)) for r in range(num_ranks)]
+        self._decoder = Decoder(FromWorker)
+
+    def wait_ready(self) -> WorkerReady:
+        ready = self._decoder.decode(self._results.recv())
+        assert isinstance(ready, WorkerReady)
+        return ready
+
+    def send(self, plan: StepPlan, payload: bytes) -> None:
+        """The same bytes to every rank."""
+        header = encode(plan)
+        for socket in self._plans:
+            socket.send_multipart((header, payload), copy=False)
+
+    def recv(self) -> StepResult:
+        result = self._decoder.decode(self._results.recv())
+        assert isinstance(result, StepResult)
+        return result
+
+
+class Router:
+    """The loop. `depth` steps are in flight at most: 2 hides the round trip behind the running step
+    (overlap scheduling), 1 is synchronous."""
+
+    def __init__(
+        self,
+        context: zmq.Context,
+        addresses: Addresses,
+        workers: Workers,
+        scheduler: Scheduler,
+        depth: int,
+    ) -> None:
+        self._requests = bind_inbox(context, addresses.router)
+        self._detokenizer = connect_outbox(context, addresses.detokenizer)
+        self._tokenizer_manager = connect_outbox(context, addresses.tokenizer_manager)
+        self._workers = workers
+        self._scheduler = scheduler
+        self._depth = depth
+        self._decoder = Decoder(ToRouter)
+
+    def announce(self, ready: EngineReady) -> None:
+        self._tokenizer_manager.send(encode(ready))
+
+    def run(self) -> None:
+        scheduler, flying = self._scheduler, self._scheduler.flying
+        while True:
+            self._receive(block=scheduler.is_idle())
+            if len(flying) < self._depth and (step := scheduler.plan()) is not None:
+                self._workers.send(*step)
+            elif flying:
+                scheduler.commit(self._workers.recv())
+            if (news := scheduler.take_outbox()) is not None:
+                self._detokenizer.send(encode(news))
+
+    def _receive(self, block: bool) -> None:
+        """Takes in all that has arrived; with `block`, waits for something to arrive."""
+        while True:
+            try:
+                frame = self._requests.recv(0 if block else zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            block = False
+            match self._decoder.decode(frame):
+                case GenerateRequest() as request:
+                    self._scheduler.add(request)
+                case AbortRequest() as abort:
+                    self._scheduler.abort(abort.handles, abort.silent)
+                case FlushCache():
+                    ok = self._scheduler.flush_cache()
+                    self._tokenizer_manager.send(encode(FlushCacheReply(ok)))
+                case GetStats():
+                    self._tokenizer_manager.send(encode(self._scheduler.stats()))
+
+
+def run_router(args: ServerArgs, model: ModelConfig, addresses: Addresses) -> None:
+    """Serves until its process is ended. It needs no more of the model than a few numbers."""
+    context = zmq.Context()
+    workers = Workers(context, addresses, args.tp_size)
+    ready = workers.wait_ready()
+    scheduler = Scheduler(
+        num_slots=ready.num_slots,
+        num_rows=ready.max_running_requests,
+        max_len=model.context_len,
+        chunk_size=ready.chunked_prefill_size,
+        policy=args.schedule_policy,
+        conservativeness=args.schedule_conservativeness,
+        eos=model.eos_token_ids,
+        disable_radix_cache=args.disable_radix_cache,
+        seed=args.random_seed or 0,
+    )
+    router = Router(context, addresses, workers, scheduler, args.overlap_depth)
+    router.announce(EngineReady(ready.num_slots, ready.max_running_requests, model.context_len))
+    router.run()

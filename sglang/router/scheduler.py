@@ -1,0 +1,468 @@
+"""The scheduler: which tokens of which requests the next step computes, and what became of them.
+
+Three verbs. `plan` makes a step, without waiting for those in flight; `commit` takes in a step's
+sampled tokens; `settle` gives back all that a request held. There are no prefill and decode phases:
+every request catches up with its tokens, a chunk or a token at a time.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+
+import numpy as np
+
+from sglang.messages import (
+    FinishReason,
+    GenerateRequest,
+    RowSpec,
+    Stats,
+    StepPlan,
+    StepResult,
+    StreamFinished,
+    StreamOpened,
+    TokenBatch,
+    TokenLogprob,
+    pack,
+    unpack,
+)
+from sglang.router.plan import Chunk, Flight, PlanBuilder
+from sglang.router.radix_cache import RadixCache
+from sglang.router.request import Request, Rows
+from sglang.router.slots import SlotAllocator
+from sglang.router.waiting import Claims, WaitingQueue
+
+
+class FutureTokens:
+    """How many of the tokens that running requests may still generate to reserve slots for.
+
+    Most end before their limit. The estimate decays while all goes well and rises with a
+    preemption (SGLang's new-token ratio).
+    """
+
+    def __init__(self, conservativeness: float) -> None:
+        self._start = min(0.7 * conservativeness, 1.0)
+        self._floor = 0.14 * self._start
+        self.ratio = self._start
+
+    def step(self) -> None:
+        self.ratio = max(self.ratio - (self._start - self._floor) / 600, self._floor)
+
+    def preempted(self) -> None:
+        self.ratio = self._start
+
+
+class Scheduler:
+    """Owns queue, rows, slots and radix tree. Not thread-safe; no I/O."""
+
+    def __init__(
+        self,
+        *,
+        num_slots: int,
+        num_rows: int,
+        max_len: int,
+        chunk_size: int,
+        policy: str = "lpm",
+        conservativeness: float = 1.0,
+        eos: tuple[int, ...] = (),
+        disable_radix_cache: bool = False,
+        seed: int = 0,
+    ) -> None:
+        self.allocator = SlotAllocator(num_slots)
+        self.cache = RadixCache(self.allocator, disabled=disable_radix_cache)
+        self.rows = Rows(num_rows, max_len)
+        self.waiting = WaitingQueue(policy)
+        self.flying: deque[Flight] = deque()
+        self.requests: dict[int, Request] = {}
+        self._prefilling: list[Request] = []  # prompt not planned to its end; in admission order
+        self._chunk_size = chunk_size
+        self._eos = eos
+        self._future = FutureTokens(conservativeness)
+        self._seeds = random.Random(seed)
+        self._outbox = TokenBatch(b"", b"")
+        self._steps = 0
+        self._admissions = 0
+        self._preemptions = 0
+        self._prompt_tokens = 0
+        self._hit_tokens = 0
+        self._generated_tokens = 0
+
+    # --- requests come and go ----------------------------------------------------------------
+
+    def add(self, message: GenerateRequest) -> None:
+        seed = message.params.seed
+        if seed is None:
+            seed = self._seeds.getrandbits(32)
+        request = Request(message, self._eos, seed & 0xFFFFFFFF)
+        assert request.limit <= min(self.rows.tokens.shape[1], self.allocator.num_slots)
+        self.requests[request.handle] = request
+        self.waiting.add(request)
+
+    def abort(self, handles: list[int], silent: bool = False) -> None:
+        """Unknown handles are ignored: they have just ended. No handles: every request."""
+        for handle in handles or list(self.requests):
+            request = self.requests.get(handle)
+            if request is None or (request.row >= 0 and self.rows.ended[request.row]):
+                continue
+            if request.row < 0:
+                self.waiting.remove(request)
+                del self.requests[handle]
+            else:
+                self._leave(request, ended=True)
+            if not silent:
+                self._finish(request, "abort")
+
+    def is_idle(self) -> bool:
+        return not self.requests
+
+    def flush_cache(self) -> bool:
+        """Forgets every cached prefix; refuses (False) while requests run."""
+        if self.requests:
+            return False
+        self.cache.clear()
+        return True
+
+    def take_outbox(self) -> TokenBatch | None:
+        """What there is to tell the detokenizer since the last call."""
+        out = self._outbox
+        if not (out.handles or out.opened or out.finished):
+            return None
+        self._outbox = TokenBatch(b"", b"")
+        return out
+
+    # --- plan --------------------------------------------------------------------------------
+
+    def plan(self) -> tuple[StepPlan, bytes] | None:
+        """The next step and its payload; None if there is nothing to do before a commit."""
+        builder = PlanBuilder(self._steps)
+        self._plan_decode(builder)
+        budget = self._plan_chunks(builder, self._prefilling, self._chunk_size)
+        self._plan_chunks(builder, self._admit(builder, budget), budget)
+        self._prefilling = [
+            r for r in self._prefilling if self.rows.planned[r.row] < self.rows.prefill_len[r.row]
+        ]
+        if builder.is_empty():
+            assert not builder.opened, "who is admitted has slots"
+            if not self.flying and self._running_last() is not None:
+                return self._restart_all()
+            return None
+        plan, payload, flight = builder.build()
+        self.flying.append(flight)
+        self._steps += 1
+        self._future.step()
+        return plan, payload
+
+    def _plan_decode(self, builder: PlanBuilder) -> None:
+        """Every row whose prompt is done takes one slot and one step."""
+        rows = self.rows
+        ready = self._ready_rows()
+        if len(ready) > self.allocator.num_free:
+            self._make_room(len(ready))
+            ready = self._ready_rows()  # preempted ones are out
+            if len(ready) > self.allocator.num_free:  # the last admitted skip this step
+                oldest = np.argsort(rows.admission[ready], kind="stable")
+                ready = np.sort(ready[oldest[: self.allocator.num_free]])
+        if len(ready):
+            at = rows.planned[ready]
+            slots = self.allocator.alloc(len(ready))
+            rows.slots[ready, at] = slots
+            rows.planned[ready] = at + 1
+            rows.flying[ready] += 1
+            builder.decode_rows, builder.decode_slots = ready, slots
+
+    def _ready_rows(self) -> np.ndarray:
+        rows = self.rows
+        ready = (
+            rows.running() & (rows.planned >= rows.prefill_len) & (rows.planned < rows.limit - 1)
+        )
+        return np.flatnonzero(ready).astype(np.int32)
+
+    def _plan_chunks(self, builder: PlanBuilder, requests: list[Request], budget: int) -> int:
+        """Prefills up to `budget` tokens; returns what is left of it."""
+        rows = self.rows
+        for request in list(requests):
+            row = request.row
+            if row < 0 or rows.leaving[row]:
+                continue
+            start, length = int(rows.planned[row]), int(rows.prefill_len[row])
+            wanted = min(length - start, budget)
+            if wanted > self.allocator.num_free:
+                self._make_room(wanted)
+                if request.row < 0 or rows.leaving[row]:  # was itself the victim
+                    continue
+            count = min(wanted, self.allocator.num_free)
+            if count == 0:
+                break
+            end = start + count
+            slots = self.allocator.alloc(count)
+            rows.slots[row, start:end] = slots
+            rows.planned[row] = end
+            rows.flying[row] += 1
+            chunk = Chunk(request, row, start, end, samples=end == length)
+            builder.prefill(chunk, rows.tokens[row, start:end], slots)
+            budget -= count
+        return budget
+
+    # --- admission ---------------------------------------------------------------------------
+
+    def _admit(self, builder: PlanBuilder, budget: int) -> list[Request]:
+        """Opens rows for waiting requests while seats, slots and the step's `budget` last."""
+        if not (len(self.waiting) and self.rows.num_free and budget > 0):
+            return []
+        claims = self._claims()
+        reserved = self._reserved_tokens()
+        admitted: list[Request] = []
+        for request in self.waiting.candidates(self.cache):
+            if not self.rows.num_free or budget <= 0:
+                break
+            reusable = request.tokens[:-1]  # the last token's logits are wanted in any case
+            cached = self.cache.match_len(reusable)
+            if claims.cover(request.tokens, cached):
+                continue
+            slots, node = self.cache.match(reusable)
+            self.cache.lock(node)
+            need = (
+                len(request.tokens)
+                - cached
+                + self._future.ratio * (request.limit - len(request.tokens))
+            )
+            room = self.allocator.num_free + self.cache.num_evictable - reserved
+            if need > room:
+                self.cache.unlock(node)
+                break  # not the next smaller one instead: large requests must not starve
+            reserved += need
+            budget -= len(request.tokens) - cached
+            request.node, request.cached = node, cached
+            if not self.cache.disabled:
+                claims.add(request.tokens, cached)
+            self._open(builder, request, slots)
+            admitted.append(request)
+        self.waiting.remove_admitted()
+        return admitted
+
+    def _claims(self) -> Claims:
+        """Of running requests whose prompt is not wholly in the tree yet."""
+        claims, rows = Claims(), self.rows
+        if not self.cache.disabled:
+            for row in np.flatnonzero(rows.running() & (rows.known == rows.prefill_len)):
+                request = rows.requests[row]
+                assert request is not None
+                claims.add(request.tokens, request.cached)
+        return claims
+
+    def _reserved_tokens(self) -> float:
+        """Slots that running requests will still take, by estimate."""
+        rows = self.rows
+        running = rows.running()
+        prompt = np.maximum(rows.prefill_len - rows.planned, 0)[running].sum()
+        output = (rows.limit - rows.known)[running].sum()
+        return float(prompt + self._future.ratio * output)
+
+    def _open(self, builder: PlanBuilder, request: Request, cached_slots: np.ndarray) -> None:
+        params = request.params
+        row = self.rows.open_row(request, cached_slots)
+        self._admissions += 1
+        self.rows.admission[row] = self._admissions
+        self._prefilling.append(request)
+        if not request.announced:
+            self._announce(request)
+            self._prompt_tokens += request.prompt_len
+            self._hit_tokens += request.cached
+        suppress_until = request.prompt_len + params.min_new_tokens if params.min_new_tokens else 0
+        has_penalties = (
+            params.frequency_penalty, params.presence_penalty, params.repetition_penalty
+        ) != (0.0, 0.0, 1.0)  # fmt: skip
+        spec = RowSpec(
+            row=row,
+            cached_len=request.cached,
+            seed=request.seed,
+            temperature=params.temperature,
+            top_p=params.top_p,
+            top_k=max(params.top_k, 0),
+            min_p=params.min_p,
+            frequency_penalty=params.frequency_penalty,
+            presence_penalty=params.presence_penalty,
+            repetition_penalty=params.repetition_penalty,
+            logit_bias=params.logit_bias,
+            suppress_until=suppress_until,
+            suppress=request.stop_tokens if suppress_until else [],
+            top_logprobs=request.top_logprobs,
+            prompt_len=request.prompt_len,
+            history=pack(request.tokens) if has_penalties else b"",
+        )
+        builder.open(spec, cached_slots)
+
+    # --- running out of slots ----------------------------------------------------------------
+
+    def _make_room(self, wanted: int) -> None:
+        """Tries to have `wanted` slots free: evicts from the cache, then preempts the request that
+        was admitted last. Its slots may come back only when its flying steps are committed; the
+        caller takes what is there now."""
+        while True:
+            missing = wanted - self.allocator.num_free
+            if missing > 0:
+                self.cache.evict(missing)
+            if self.allocator.num_free >= wanted or bool(self.rows.leaving.any()):
+                return
+            victim = self._running_last()
+            if victim is None or int(self.rows.running().sum()) == 1:
+                return
+            self._preempt(victim)
+
+    def _running_last(self) -> Request | None:
+        """The running request that was admitted last."""
+        rows = self.rows
+        running = np.flatnonzero(rows.running())
+        if not len(running):
+            return None
+        return rows.requests[running[rows.admission[running].argmax()]]
+
+    def _preempt(self, request: Request) -> None:
+        self._preemptions += 1
+        self._future.preempted()
+        self._leave(request, ended=False)
+
+    def _restart_all(self) -> tuple[StepPlan, bytes] | None:
+        """Nothing flies and the running requests cannot go on: their private copies of what the
+        tree holds too (see RadixCache.insert) fill the pool. Start them over from the tree."""
+        while (request := self._running_last()) is not None:
+            self._preempt(request)
+        return self.plan()
+
+    # --- commit and settle -------------------------------------------------------------------
+
+    def commit(self, result: StepResult) -> None:
+        """Takes in the oldest flying step."""
+        rows = self.rows
+        flight = self.flying.popleft()
+        assert result.step == flight.step, "steps come back in order"
+        in_step = flight.rows()
+        rows.flying[in_step] -= 1
+        self._append(flight.sampled_rows(), unpack(result.tokens), result)
+        for chunk in flight.chunks:
+            if not rows.leaving[chunk.row]:
+                self._remember(chunk.request, chunk.end)
+        for row in self._settled_rows(in_step):
+            request = rows.requests[row]
+            assert request is not None
+            self._settle(request)
+
+    def _settled_rows(self, in_step: np.ndarray) -> np.ndarray:
+        """Those of the step that nothing holds any more."""
+        return in_step[self.rows.leaving[in_step] & (self.rows.flying[in_step] == 0)]
+
+    def _append(self, sampled: np.ndarray, tokens: np.ndarray, result: StepResult) -> None:
+        """The sampled tokens become known; requests that are complete leave."""
+        rows = self.rows
+        # A preempted row's results count; an ended one's do not. With max_new_tokens = 0 the
+        # prompt's own result is not wanted either.
+        counts = ~rows.ended[sampled]
+        wanted = counts & (rows.known[sampled] < rows.limit[sampled])
+        kept, new = sampled[wanted], tokens[wanted]
+        at = rows.known[kept]
+        rows.tokens[kept, at] = new
+        rows.known[kept] = at + 1
+        self._generated_tokens += len(kept)
+        out = self._outbox
+        start = len(out.handles) // 4
+        out.handles += pack(rows.handle[kept])
+        out.tokens += pack(new)
+        if result.logprobs:
+            index = {int(row): start + i for i, row in enumerate(kept)}
+            for lp in result.logprobs:
+                if lp.row in index:
+                    out.logprobs[index[lp.row]] = TokenLogprob(
+                        lp.logprob, lp.top_ids, lp.top_logprobs
+                    )
+
+        stopped = (rows.stop_tokens[kept] == new[:, None]).any(axis=1)
+        for row, token in zip(kept[stopped], new[stopped], strict=True):
+            self._complete(row, "stop", int(token))
+        alive = sampled[counts]
+        for row in alive[(rows.known[alive] >= rows.limit[alive]) & ~rows.ended[alive]]:
+            self._complete(row, "length")
+
+    def _complete(self, row: int, reason: FinishReason, token: int | None = None) -> None:
+        request = self.rows.requests[row]
+        assert request is not None
+        self.rows.leaving[row] = self.rows.ended[row] = True
+        self._finish(request, reason, token)
+
+    def _remember(self, request: Request, end: int) -> None:
+        """Puts the first `end` tokens, whose KV is written, into the tree, for others to use."""
+        row, old = request.row, request.node
+        assert old is not None
+        _, node = self.cache.insert(self.rows.tokens[row, :end], self.rows.slots[row, :end])
+        self.cache.lock(node)
+        self.cache.unlock(old)
+        request.node, request.cached = node, end
+
+    def _leave(self, request: Request, ended: bool) -> None:
+        """Marks it; it is settled when its last flying step is committed."""
+        row = request.row
+        self.rows.leaving[row] = True
+        self.rows.ended[row] |= ended
+        if self.rows.flying[row] == 0:
+            self._settle(request)
+
+    def _settle(self, request: Request) -> None:
+        """Gives back everything that a row holds: the one place that does. What the tree does not
+        know yet of its KV goes there; a preempted request goes back to the queue."""
+        rows, row = self.rows, request.row
+        assert rows.leaving[row] and rows.flying[row] == 0 and request.node is not None
+        planned = int(rows.planned[row])
+        n = min(planned, int(rows.known[row]) - 1)
+        own = rows.slots[row, :n]
+        in_tree, _ = self.cache.insert(rows.tokens[row, :n], own)
+        if self.cache.disabled:
+            self.allocator.free(own)
+        else:
+            self.allocator.free(own[own != in_tree])
+        self.allocator.free(rows.slots[row, n:planned])
+        self.cache.unlock(request.node)
+        request.node = None
+        ended = bool(rows.ended[row])
+        if request in self._prefilling:
+            self._prefilling.remove(request)
+        rows.close_row(row)
+        if ended:
+            del self.requests[request.handle]
+        else:
+            self.waiting.put_back(request)
+
+    # --- telling the detokenizer ---------------------------------------------------------------
+
+    def _announce(self, request: Request) -> None:
+        params = request.params
+        request.announced = True
+        self._outbox.opened.append(
+            StreamOpened(
+                request.handle,
+                params.stop,
+                params.skip_special_tokens,
+                params.no_stop_trim,
+                request.prompt_len,
+                request.cached,
+            )
+        )
+
+    def _finish(self, request: Request, reason: FinishReason, token: int | None = None) -> None:
+        if not request.announced:
+            self._announce(request)
+        self._outbox.finished.append(StreamFinished(request.handle, reason, token))
+
+    def stats(self) -> Stats:
+        free = self.allocator.num_free + self.cache.num_evictable
+        return Stats(
+            running=int(self.rows.open.sum()),
+            queued=len(self.waiting),
+            used_tokens=self.allocator.num_slots - free,
+            cached_tokens=self.cache.num_tokens,
+            max_total_tokens=self.allocator.num_slots,
+            steps=self._steps,
+            prompt_tokens=self._prompt_tokens,
+            hit_tokens=self._hit_tokens,
+            generated_tokens=self._generated_tokens,
+            preemptions=self._preemptions,
+            evicted_tokens=self.cache.num_evicted,
+        )
