@@ -52,8 +52,8 @@ class GenerateRequest(Message):
 
 class AbortRequest(Message):
     """Stop these requests. A request that the router still knows ends with finish reason "abort",
-    unless `silent`: then nothing more is said of it (the detokenizer ended it on a stop string, or
-    its client went away)."""
+    unless `silent`: then nothing more is said of it, as the detokenizer has ended it already, on a
+    stop string."""
 
     handles: list[int]
     """Empty: every request."""

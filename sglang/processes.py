@@ -1,0 +1,292 @@
+"""The processes of one engine: started together, watched, and taken down together.
+
+    launcher (tokenizer manager + HTTP server, or an offline LLM)
+      └─ supervisor thread ── detokenizer, router, model worker 0..N-1
+
+A child's standard input brings it what to run; through a pipe it reports the exception that ended
+it. That pipe closes with the child however it ends, so the supervisor waits for nothing else. A
+child does not import the caller's script (multiprocessing's spawn would), so an LLM works in
+scripts without a `__main__` guard, in notebooks and on a pipe.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib
+import logging
+import os
+import pickle
+import selectors
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sglang.addresses import Addresses
+
+if TYPE_CHECKING:
+    from sglang.model_config import ModelConfig
+    from sglang.server_args import ServerArgs
+
+TERMINATE_SECONDS = 2.0
+"""After SIGTERM a child has so long before SIGKILL."""
+_BOOT = "from sglang.processes import child_main; child_main()"
+_PLAIN_ERRORS = (ValueError, OSError, MemoryError)
+"""What a wrong flag, file or machine raises while an engine starts: the message alone is clear."""
+
+
+@dataclass(frozen=True)
+class Child:
+    name: str
+    """As people read it: "model worker 0"."""
+    target: str
+    """"package.module:function", imported in the child only."""
+    args: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Death:
+    """How a child ended that should have gone on."""
+
+    message: str
+    """One line: who and why."""
+    traceback: str = ""
+    plain: bool = True
+    """The message says it all, if this happened while the engine started."""
+
+
+class Supervisor:
+    """Starts the children and calls `on_death`, on its own thread, when the first of them ends
+    before `stop()`; by then the others have been killed."""
+
+    def __init__(
+        self, children: list[Child], on_death: Callable[[Death], None], log_level: str = "info"
+    ) -> None:
+        self._children = children
+        self._on_death = on_death
+        self._log_level = log_level
+        self._processes: list[subprocess.Popen] = []
+        self._stopping = threading.Event()
+        self._started = threading.Event()
+        # Children are started on this thread too: Linux kills them when the *thread* that started
+        # them ends (PR_SET_PDEATHSIG), and a caller's thread may well end before the engine.
+        self._thread = threading.Thread(target=self._run, name="supervisor", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+        self._started.wait()
+
+    def pids(self) -> dict[str, int]:
+        named = zip(self._children, self._processes, strict=False)
+        return {child.name: process.pid for child, process in named}
+
+    def stop(self) -> None:
+        """Ends every child; returns when they are gone. May be called twice."""
+        self._stopping.set()
+        for process in self._processes:
+            if process.poll() is None:
+                process.terminate()
+        deadline = time.monotonic() + TERMINATE_SECONDS
+        for process in self._processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(deadline - time.monotonic(), 0.0))
+        self.kill()
+        if threading.current_thread() is not self._thread:
+            self._thread.join(timeout=1.0)
+
+    def kill(self) -> None:
+        """At once."""
+        self._stopping.set()
+        for process in self._processes:
+            if process.poll() is None:
+                process.kill()
+        for process in self._processes:
+            process.wait()
+
+    def _run(self) -> None:
+        with selectors.DefaultSelector() as selector:
+            try:
+                for child in self._children:
+                    process, report = self._spawn(child)
+                    self._processes.append(process)
+                    selector.register(report, selectors.EVENT_READ, (child, process))
+            finally:
+                self._started.set()
+            while selector.get_map():
+                for key, _ in selector.select():
+                    child, process = key.data
+                    selector.unregister(key.fileobj)
+                    with open(key.fd, "rb") as pipe:
+                        report = pipe.read()
+                    process.wait()
+                    if not self._stopping.is_set():
+                        self.kill()
+                        self._on_death(_death(child, process.returncode, report))
+
+    def _spawn(self, child: Child) -> tuple[subprocess.Popen, int]:
+        read_end, write_end = os.pipe()
+        env = dict(os.environ)
+        env["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+        env["PYTHONSAFEPATH"] = "1"  # sglang is where it is here, not where the user stands
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-c", _BOOT, child.name],
+                stdin=subprocess.PIPE,
+                pass_fds=(write_end,),
+                env=env,
+            )
+        finally:
+            os.close(write_end)
+        job = (os.getpid(), write_end, child, self._log_level)
+        assert process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it is dead already: the report will say so
+            process.stdin.write(pickle.dumps(job))
+            process.stdin.close()
+        return process, read_end
+
+
+def _death(child: Child, code: int, report: bytes) -> Death:
+    if report:
+        cause, trace, plain = pickle.loads(report)
+        return Death(f"{child.name}: {cause}", trace, plain)
+    if code < 0:
+        return Death(f"{child.name} was killed by signal {-code} ({signal.Signals(-code).name})")
+    return Death(f"{child.name} ended unexpectedly with exit code {code}")
+
+
+# --- in the child --------------------------------------------------------------------------------
+
+
+def child_main() -> None:
+    """Reads its job from standard input and does it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the launcher's to handle
+    parent, report_fd, child, log_level = pickle.load(sys.stdin.buffer)
+    os.set_inheritable(report_fd, False)  # or the pipe would outlive this process in its children
+    _die_with(parent)
+    _name_process(child.name)
+    logging.basicConfig(
+        level=log_level.upper(),
+        format=f"[%(asctime)s {child.name}] %(message)s",
+        datefmt="%H:%M:%S",
+    )
+    try:
+        module, function = child.target.split(":")
+        getattr(importlib.import_module(module), function)(*child.args)
+    except BaseException as error:
+        if isinstance(error, SystemExit) and not error.code:
+            return
+        with open(report_fd, "wb") as pipe:
+            pickle.dump(_describe(error), pipe)
+        os._exit(1)  # not waiting for threads or sockets that a failure may have left stuck
+
+
+def _describe(error: BaseException) -> tuple[str, str, bool]:
+    """(cause in one line, traceback, whether the line says it all)."""
+    cause = " ".join(str(error).split())
+    plain = isinstance(error, _PLAIN_ERRORS) and bool(cause)
+    if "OutOfMemory" in type(error).__name__:  # torch's, which is not imported here
+        plain, cause = True, f"out of memory: {cause}"
+    if not plain:
+        cause = f"{type(error).__name__}: {cause}"
+    trace = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    return cause, trace, plain
+
+
+def _prctl(option: int, argument: Any) -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(option, argument, 0, 0, 0)
+
+
+def _die_with(parent: int) -> None:
+    """The kernel kills this process when its parent ends, however that ends."""
+    PR_SET_PDEATHSIG = 1
+    _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before the call
+        os._exit(1)
+
+
+def _name_process(name: str) -> None:
+    PR_SET_NAME = 15  # 15 bytes at most
+    _prctl(PR_SET_NAME, name.replace("model ", "").encode()[:15])
+
+
+# --- the engine ----------------------------------------------------------------------------------
+
+
+class EngineProcesses:
+    """Router and model workers, with a detokenizer if asked, in a private folder of sockets."""
+
+    def __init__(
+        self,
+        args: ServerArgs,
+        model: ModelConfig,
+        on_death: Callable[[Death], None],
+        detokenizer: bool = True,
+    ) -> None:
+        self.addresses = Addresses(_make_folder())
+        shared = (args, model, self.addresses)
+        children = [  # the slowest to get ready first
+            Child(f"model worker {rank}", "sglang.worker.worker:run_worker", (*shared, rank))
+            for rank in range(args.tp_size)
+        ]
+        children.append(Child("router", "sglang.router.router:run_router", shared))
+        if detokenizer:
+            target = "sglang.server.detokenizer:run_detokenizer"
+            children.append(Child("detokenizer", target, shared))
+        self._supervisor = Supervisor(children, on_death, args.log_level)
+        self._remove_folder = _Once(lambda: shutil.rmtree(self.addresses.folder, True))
+
+    def start(self) -> None:
+        self._supervisor.start()
+
+    def pids(self) -> dict[str, int]:
+        return self._supervisor.pids()
+
+    def stop(self) -> None:
+        """Ends the processes and removes their folder. May be called twice, from any thread."""
+        self._supervisor.stop()
+        self._remove_folder()
+
+
+class _Once:
+    def __init__(self, action: Callable[[], None]) -> None:
+        self._action: Callable[[], None] | None = action
+
+    def __call__(self) -> None:
+        action, self._action = self._action, None
+        if action is not None:
+            action()
+
+
+PREFIX = "nano-sglang-"
+
+
+def _make_folder() -> str:
+    """Readable by this user alone, and named after this process: what a killed server left behind
+    is removed here."""
+    root = tempfile.gettempdir()
+    if len(root) > 60:  # a socket's path must fit 107 bytes
+        root = "/tmp"
+    for name in os.listdir(root):
+        pid = name[len(PREFIX) :].split("-")[0] if name.startswith(PREFIX) else ""
+        if pid.isdigit() and not _is_running(int(pid)):
+            shutil.rmtree(os.path.join(root, name), ignore_errors=True)
+    return tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=root)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

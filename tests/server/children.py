@@ -1,0 +1,39 @@
+"""What the children of test_processes.py do."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+
+
+def sleep_for_ever() -> None:
+    time.sleep(1000)
+
+
+def fail(message: str) -> None:
+    raise ValueError(message)
+
+
+def fail_by_mistake() -> None:
+    _ = [][0]
+
+
+def leave() -> None:
+    sys.exit(3)
+
+
+def keep_the_pipe_and_fail() -> None:
+    """Leaves a process behind that has inherited all it could."""
+    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(8)"], close_fds=False)
+    raise ValueError("gone")
+
+
+def ignore_sigterm(path: str) -> None:
+    import signal
+
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    with open(path, "w") as file:
+        file.write(str(os.getpid()))
+    time.sleep(1000)

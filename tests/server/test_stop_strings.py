@@ -1,0 +1,170 @@
+"""Stop strings across token borders, and what the detokenizer says of a stream."""
+
+from __future__ import annotations
+
+import random
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sglang.messages import StreamFinished, StreamOpened, TokenBatch, TokenLogprob, pack, unpack
+from sglang.server.detokenizer import Detokenizer, StopFinder
+
+
+def expected(text: str, stops: list[str], keep: bool) -> tuple[str, str | None]:
+    """Character by character: the first match that is complete, the longest of those."""
+    for end in range(1, len(text) + 1):
+        matches = [stop for stop in stops if text[:end].endswith(stop)]
+        if matches:
+            longest = max(matches, key=len)
+            return text[: end if keep else end - len(longest)], longest
+    return text, None
+
+
+@given(
+    text=st.text("ab⛔c", max_size=30),
+    stops=st.lists(st.text("ab⛔", min_size=1, max_size=5), min_size=1, max_size=3),
+    cuts=st.lists(st.integers(0, 30), max_size=10),
+    keep=st.booleans(),
+)
+def test_pieces_of_any_size_give_what_the_whole_text_gives(text, stops, cuts, keep):
+    borders = [0, *sorted(c for c in cuts if c < len(text)), len(text)]
+    finder = StopFinder(stops, keep)
+    shown, found = "", None
+    for start, end in pairwise(borders):
+        piece, found = finder.push(text[start:end])
+        shown += piece
+        assert expected(text, stops, keep)[0].startswith(shown), "a stop string leaked"
+        if found:
+            break
+    if not found:
+        shown += finder.finish()
+    assert (shown, found) == expected(text, stops, keep)
+
+
+def test_only_what_a_stop_string_may_start_with_is_held_back():
+    finder = StopFinder(["###", "end."])
+    assert finder.push("one #") == ("one ", None)
+    assert finder.push("x") == ("#x", None)
+    assert finder.push(" en") == (" ", None)
+    assert finder.push("d of##") == ("end of", None)
+    assert finder.push("#!") == ("", "###")
+
+
+class Letters:
+    """A tokenizer whose token i is the character chr(i); 0 is the special end-of-sequence token."""
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
+        return "".join("</s>" if i == 0 else chr(i) for i in ids if i or not skip_special_tokens)
+
+    def stream(self, skip_special_tokens: bool = True):
+        return _LetterStream(self, skip_special_tokens)
+
+
+class _LetterStream:
+    def __init__(self, tokenizer: Letters, skip: bool) -> None:
+        self.tokenizer, self.skip = tokenizer, skip
+
+    def push(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, self.skip)
+
+    def finish(self) -> str:
+        return ""
+
+
+def opened(handle: int, stop=(), skip=True, no_stop_trim=False) -> StreamOpened:
+    return StreamOpened(handle, list(stop), skip, no_stop_trim, prompt_len=5, cached_len=2)
+
+
+def run(detokenizer: Detokenizer, text: str, opening: StreamOpened, finish: StreamFinished):
+    """Feeds a text, a character a step; returns (deltas, handles to abort)."""
+    deltas, stopped = [], []
+    for i, char in enumerate(text):
+        last = i == len(text) - 1
+        batch = TokenBatch(
+            pack([opening.handle]),
+            pack([ord(char) if char != "$" else 0]),
+            [opening] if i == 0 else [],
+            [finish] if last else [],
+            {0: TokenLogprob(-float(i), [], [])},
+        )
+        news, ended = detokenizer.step(batch)
+        deltas += news
+        stopped += ended
+    return deltas, stopped
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_a_stream_ends_on_a_stop_string_though_the_router_goes_on(lazy):
+    finish = StreamFinished(7, "length")
+    deltas, stopped = run(Detokenizer(Letters(), lazy), "say STOP now", opened(7, ["STOP"]), finish)
+    assert "".join(d.text for d in deltas) == "say "
+    assert stopped == [7]
+    end = deltas[-1].end
+    assert (end.reason, end.matched, end.completion_tokens) == ("stop", "STOP", 8)
+    assert sum(d.end is not None for d in deltas) == 1
+    assert b"".join(d.token_ids for d in deltas) == pack([ord(c) for c in "say STOP"])
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+@pytest.mark.parametrize(
+    ("skip", "no_stop_trim", "text"),
+    [(True, False, "hi"), (False, False, "hi"), (True, True, "hi"), (False, True, "hi</s>")],
+)
+def test_the_stop_token_is_a_token_but_no_text_unless_asked_for(lazy, skip, no_stop_trim, text):
+    finish = StreamFinished(7, "stop", matched_token=0)
+    opening = opened(7, skip=skip, no_stop_trim=no_stop_trim)
+    deltas, stopped = run(Detokenizer(Letters(), lazy), "hi$", opening, finish)
+    assert "".join(d.text for d in deltas) == text
+    assert stopped == []
+    end = deltas[-1].end
+    assert (end.reason, end.matched, end.completion_tokens) == ("stop", 0, 3)
+    assert (deltas[0].prompt_tokens, deltas[0].cached_tokens) == (5, 2)
+    assert len(deltas) == (1 if lazy else 3)
+    assert [p.logprob for d in deltas for p in d.logprobs] == [0.0, -1.0, -2.0]
+
+
+def test_what_was_held_back_is_shown_when_the_request_ends_without_a_match():
+    finish = StreamFinished(7, "length")
+    deltas, _ = run(Detokenizer(Letters()), "a ST", opened(7, ["STOP"]), finish)
+    assert [d.text for d in deltas] == ["a", " ", "", "ST"]
+    assert deltas[-1].end.reason == "length"
+
+
+def test_a_stop_string_completed_by_the_last_token_is_the_reason():
+    finish = StreamFinished(7, "length")
+    deltas, stopped = run(Detokenizer(Letters()), "a STOP", opened(7, ["STOP"]), finish)
+    assert deltas[-1].end.reason == "stop" and deltas[-1].end.matched == "STOP"
+    assert stopped == [], "the router has ended it already"
+
+
+def test_an_abort_before_the_first_token_still_ends_the_stream():
+    batch = TokenBatch(b"", b"", [opened(3)], [StreamFinished(3, "abort")])
+    deltas, stopped = Detokenizer(Letters()).step(batch)
+    assert [(d.handle, d.text, d.end.reason) for d in deltas] == [(3, "", "abort")]
+    assert stopped == []
+
+
+def test_without_a_tokenizer_there_are_ids_and_no_text():
+    deltas, _ = run(Detokenizer(None), "abc", opened(1), StreamFinished(1, "length"))
+    assert [d.text for d in deltas] == ["", "", ""]
+    assert [int(unpack(d.token_ids)[0]) for d in deltas] == [97, 98, 99]
+
+
+def test_streams_of_one_step_do_not_mix():
+    rng = random.Random(0)
+    texts = {h: "".join(rng.choices("abcde", k=rng.randint(1, 20))) for h in range(1, 40)}
+    detokenizer, said = Detokenizer(Letters()), dict.fromkeys(texts, "")
+    for step in range(20):
+        alive = [h for h in texts if step < len(texts[h])]
+        batch = TokenBatch(
+            pack(alive),
+            pack([ord(texts[h][step]) for h in alive]),
+            [opened(h) for h in alive] if step == 0 else [],
+            [StreamFinished(h, "length") for h in alive if step == len(texts[h]) - 1],
+        )
+        for delta in detokenizer.step(batch)[0]:
+            said[delta.handle] += delta.text
+    assert said == texts
