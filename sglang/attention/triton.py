@@ -1,0 +1,45 @@
+"""Attention with the Triton kernels: decode rows in one call, prefill rows in another."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from sglang.attention.base import AttentionBackend
+from sglang.kernels.decode_attention import decode_attention
+from sglang.kernels.extend_attention import extend_attention
+
+if TYPE_CHECKING:
+    from sglang.worker.batch import Batch
+
+
+class TritonAttention(AttentionBackend):
+    def forward(
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        batch: Batch,
+        scale: float,
+        window: int = 0,
+    ) -> torch.Tensor:
+        num_tokens = q.shape[0]
+        d = batch.num_decode
+        decoded = extended = None
+        if d > 0:
+            decoded = decode_attention(
+                q[:d], k_cache, v_cache, batch.slot_table,
+                batch.rows[:d], batch.kv_lens[:d], scale, window,
+            )  # fmt: skip
+        if d < num_tokens:
+            q_lens = batch.q_lens_host
+            extended = extend_attention(
+                q[d:], k_cache, v_cache, batch.slot_table,
+                batch.rows[d:], batch.q_starts, batch.kv_lens[d:], scale, window,
+                max_q_len=num_tokens - d if q_lens is None else int(q_lens[d:].max()),
+            )  # fmt: skip
+        if decoded is None or extended is None:
+            out = extended if decoded is None else decoded
+            return (q if out is None else out).reshape(num_tokens, -1)
+        return torch.cat((decoded, extended)).view(num_tokens, -1)

@@ -1,0 +1,39 @@
+"""SwiGLU's gate (Shazeer, 2020)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+
+def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
+    """x [T, 2I] = (gate | up), contiguous -> silu(gate) * up, [T, I], in x's dtype."""
+    return (silu_and_mul_triton if x.is_cuda else silu_and_mul_naive)(x)
+
+
+def silu_and_mul_naive(x: torch.Tensor) -> torch.Tensor:
+    gate, up = x.chunk(2, -1)
+    return F.silu(gate).mul_(up)
+
+
+@triton.jit
+def _silu_and_mul_kernel(x_ptr, out_ptr, I: tl.constexpr, BLOCK: tl.constexpr):  # noqa: E741
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = cols < I
+    gate = tl.load(x_ptr + row * 2 * I + cols, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(x_ptr + row * 2 * I + I + cols, mask=mask, other=0.0).to(tl.float32)
+    out = gate / (1.0 + tl.exp(-gate)) * up
+    tl.store(out_ptr + row * I + cols, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def silu_and_mul_triton(x: torch.Tensor, block: int = 1024, num_warps: int = 4) -> torch.Tensor:
+    num_tokens, inner = x.shape[0], x.shape[1] // 2
+    out = torch.empty(num_tokens, inner, dtype=x.dtype, device=x.device)
+    if num_tokens:
+        block = min(block, triton.next_power_of_2(inner))
+        grid = (num_tokens, triton.cdiv(inner, block))
+        _silu_and_mul_kernel[grid](x.contiguous(), out, I=inner, BLOCK=block, num_warps=num_warps)
+    return out
