@@ -1,0 +1,120 @@
+"""What a worker keeps of each running request: the row-indexed state of the seam.
+
+A plan names rows and new slots only. Row lengths are mirrored on the host, so everything about a
+step is known there without asking the device, but for the last sampled token: `last_token` is what
+lets a step be launched before the one before it has ended.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from sglang.messages import RowSpec, StepPlan, unpack
+
+NUM_PARAMS = 6
+"""Sampling parameters of a row: temperature, top_p, min_p (float32 bits), top_k, seed, unused."""
+
+
+@dataclass
+class StepArrays:
+    """A step in int32 NumPy arrays: T tokens of n rows, decode rows first."""
+
+    num_decode: int
+    rows: np.ndarray  # [n]
+    q_lens: np.ndarray  # [n] new tokens
+    kv_lens: np.ndarray  # [n] tokens after this step
+    positions: np.ndarray  # [T]
+    slots: np.ndarray  # [T]
+    prefill_ids: np.ndarray  # [T - num_decode]
+    sample_at: np.ndarray  # [s] tokens whose logits are sampled
+    sample_of: np.ndarray  # [s] index into rows
+    grown_at: np.ndarray  # [g] into the flat slot table...
+    grown_slots: np.ndarray  # [g] ...these slots go
+    opened: np.ndarray  # [o] rows
+    params: np.ndarray  # [NUM_PARAMS, o]
+
+
+class RowState:
+    """R rows and one more, index R, for padding, which reads and writes no KV."""
+
+    def __init__(self, num_rows: int, max_len: int, device: torch.device) -> None:
+        assert (num_rows + 1) * max_len < 2**31, "slot table indices are int32"
+        self.num_rows = num_rows
+        self.max_len = max_len
+        shape = (num_rows + 1, max_len)
+        self.slot_table = torch.zeros(shape, dtype=torch.int32, device=device)
+        self.last_token = torch.zeros(num_rows + 1, dtype=torch.int32, device=device)
+        self.params = torch.zeros((NUM_PARAMS, num_rows + 1), dtype=torch.int32, device=device)
+        self.seq_len = np.zeros(num_rows + 1, dtype=np.int32)  # tokens whose KV exists
+
+    def advance(self, plan: StepPlan, payload: bytes) -> StepArrays:
+        """Reads a plan (StepPlan's docstring draws its payload) and moves `seq_len` past it."""
+        data, at = unpack(payload), 0
+
+        def take(n: int) -> np.ndarray:
+            nonlocal at
+            at += n
+            return data[at - n : at]
+
+        d, num_prefill = plan.num_decode, plan.num_rows - plan.num_decode
+        rows, decode_slots = take(plan.num_rows), take(d)
+        chunk_lens, samples = take(num_prefill), take(num_prefill)
+        grown = take(3 * plan.num_grown).reshape(-1, 3)
+        grown_slots, prefill_ids = take(plan.num_grown_slots), take(plan.num_prefill_tokens)
+        assert at == len(data), "the payload is not as long as its header says"
+
+        opened = np.array([spec.row for spec in plan.opened], dtype=np.int32)
+        if len(opened):
+            self.seq_len[opened] = [spec.cached_len for spec in plan.opened]
+        before = self.seq_len[rows]
+        q_lens = np.ones(plan.num_rows, dtype=np.int32)
+        q_lens[d:] = chunk_lens
+        self.seq_len[rows] = kv_lens = before + q_lens
+        decode_at = rows[:d] * np.int32(self.max_len) + before[:d]
+        if num_prefill == 0:
+            return StepArrays(
+                d, rows, q_lens, kv_lens, before, decode_slots, prefill_ids,
+                np.arange(d, dtype=np.int32), np.arange(d, dtype=np.int32),
+                decode_at, decode_slots, opened, _params(plan.opened),
+            )  # fmt: skip
+        grown_at = _ranges(grown[:, 0] * np.int32(self.max_len) + grown[:, 1], grown[:, 2])
+        prefill_positions = _ranges(before[d:], chunk_lens)
+        # Chunks' slots come in plan order; those of cached prefixes lie between them.
+        prefill_at = _ranges(rows[d:] * np.int32(self.max_len) + before[d:], chunk_lens)
+        order = np.argsort(grown_at)
+        found = order[np.searchsorted(grown_at, prefill_at, sorter=order)]
+        ends = d + np.cumsum(chunk_lens, dtype=np.int32) - 1
+        sampled = np.flatnonzero(samples)
+        return StepArrays(
+            num_decode=d,
+            rows=rows,
+            q_lens=q_lens,
+            kv_lens=kv_lens,
+            positions=np.concatenate([before[:d], prefill_positions]),
+            slots=np.concatenate([decode_slots, grown_slots[found]]),
+            prefill_ids=prefill_ids,
+            sample_at=np.concatenate([np.arange(d, dtype=np.int32), ends[sampled]]),
+            sample_of=np.concatenate([np.arange(d), d + sampled]).astype(np.int32),
+            grown_at=np.concatenate([decode_at, grown_at]),
+            grown_slots=np.concatenate([decode_slots, grown_slots]),
+            opened=opened,
+            params=_params(plan.opened),
+        )
+
+
+def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Concatenated start, start + 1, ..., start + length - 1: int32."""
+    first = np.cumsum(lengths) - lengths
+    return (np.repeat(starts - first, lengths) + np.arange(lengths.sum())).astype(np.int32)
+
+
+def _params(specs: list[RowSpec]) -> np.ndarray:
+    floats = np.array([(s.temperature, s.top_p, s.min_p) for s in specs], dtype=np.float32)
+    params = np.zeros((NUM_PARAMS, len(specs)), dtype=np.int32)
+    params[:3] = floats.reshape(-1, 3).T.view(np.int32) if len(specs) else 0
+    params[3] = [s.top_k for s in specs]
+    params[4] = np.array([s.seed for s in specs], dtype=np.uint32).view(np.int32)
+    return params
