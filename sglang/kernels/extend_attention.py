@@ -1,8 +1,16 @@
-"""Causal attention of a row's new tokens over its cached prefix and themselves."""
+"""Causal attention of a row's new tokens over its cached prefix and themselves.
+
+FlashAttention-2 (Dao, 2023) with K and V gathered through the slot table.
+"""
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import torch
+import triton
+import triton.language as tl
 
 
 def extend_attention(
@@ -28,9 +36,10 @@ def extend_attention(
     window      a token sees only itself and the window - 1 before it; 0: all before it
     max_q_len   an upper bound of the rows' new tokens, known on the host
     """
-    return extend_attention_naive(
+    run = extend_attention_triton if q.is_cuda else extend_attention_naive
+    return run(
         q, k_cache, v_cache, slot_table, rows, q_starts, kv_lens, scale, window, max_q_len
-    )
+    )  # fmt: skip
 
 
 def extend_attention_naive(
@@ -64,4 +73,191 @@ def extend_attention_naive(
         scores = torch.einsum("qhd,lhd->hql", q[new].float(), k) * scale
         weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
         out[new] = torch.einsum("hql,lhd->qhd", weights, v)
+    return out
+
+
+@dataclass(frozen=True)
+class ExtendConfig:
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    pack: bool
+    """Whether the query heads that share a KV head also share a tile, [tokens x heads, D]: with
+    few new tokens it fills the tile, with many it only makes the causal mask coarser."""
+
+
+def extend_config(max_q_len: int, group: int, head_dim: int) -> ExtendConfig:
+    pack = group > 1 and max_q_len < 128
+    rows = max_q_len * group if pack else max_q_len
+    if rows > 64 and head_dim <= 128:
+        return ExtendConfig(128, 64, num_warps=8, num_stages=3, pack=pack)
+    if rows > 32:
+        return ExtendConfig(64, 64, num_warps=4, num_stages=2, pack=pack)
+    return ExtendConfig(32 if rows > 16 else 16, 64, num_warps=4, num_stages=2, pack=pack)
+
+
+@triton.jit
+def _attend(
+    acc, most, total, q, query_at, start, end, kv_len, table, k_base, v_base, k_stride, v_stride,
+    scale_log2,
+    MASKED: tl.constexpr,
+    WINDOW: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One online softmax over the keys start..end-1; `end` may pass kv_len only if MASKED."""
+    n = tl.arange(0, BLOCK_N)
+    d = tl.arange(0, BLOCK_D)
+    # The index tile is loaded one turn ahead: a gather through an index of its own turn would keep
+    # a single tile in flight whatever num_stages says.
+    slots = tl.load(table + start + n, mask=start + n < end, other=0)
+    for at in tl.range(start, end, BLOCK_N):
+        offset = slots.to(tl.int64)[:, None]
+        if MASKED:
+            mask = ((at + n) < kv_len)[:, None] & (d[None, :] < D)
+            k = tl.load(k_base + offset * k_stride, mask=mask, other=0.0)  # [BLOCK_N, BLOCK_D]
+            v = tl.load(v_base + offset * v_stride, mask=mask, other=0.0)
+        elif D == BLOCK_D:
+            k = tl.load(k_base + offset * k_stride)
+            v = tl.load(v_base + offset * v_stride)
+        else:
+            k = tl.load(k_base + offset * k_stride, mask=d[None, :] < D, other=0.0)
+            v = tl.load(v_base + offset * v_stride, mask=d[None, :] < D, other=0.0)
+        ahead = at + BLOCK_N + n
+        slots = tl.load(table + ahead, mask=ahead < end, other=0)
+        scores = tl.dot(q, tl.trans(k)) * scale_log2
+        if MASKED:
+            distance = query_at[:, None] - (at + n)[None, :]
+            visible = distance >= 0
+            if WINDOW > 0:
+                visible = visible & (distance < WINDOW)
+            # Finite, not -inf: a window may hide all of a tile from a query, and -inf less -inf is
+            # NaN. What such a tile adds is scaled away by the first tile that is seen.
+            scores = tl.where(visible, scores, -1.0e30)
+        new_most = tl.maximum(most, tl.max(scores, 1))
+        weights = tl.exp2(scores - new_most[:, None])
+        shrink = tl.exp2(most - new_most)
+        total = total * shrink + tl.sum(weights, 1)
+        acc = acc * shrink[:, None]
+        acc = tl.dot(weights.to(v.dtype), v, acc)
+        most = new_most
+    return acc, most, total
+
+
+@triton.jit
+def _extend_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    table_ptr,
+    rows_ptr,
+    q_starts_ptr,
+    lens_ptr,
+    out_ptr,  # [T, HQ, D] contiguous
+    q_stride,
+    k_stride,
+    v_stride,
+    table_stride,
+    scale_log2,
+    WINDOW: tl.constexpr,
+    HQ: tl.constexpr,
+    GROUP: tl.constexpr,
+    PACK: tl.constexpr,  # query heads of a tile: GROUP or 1
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    TOKENS: tl.constexpr = BLOCK_M // PACK
+    row = tl.program_id(2)
+    q_start = tl.load(q_starts_ptr + row)
+    q_len = tl.load(q_starts_ptr + row + 1) - q_start
+    kv_len = tl.load(lens_ptr + row)
+    # The last tokens see the most keys: begin with them, and the short work fills the gaps.
+    block = tl.cdiv(q_len, TOKENS) - 1 - tl.program_id(1)
+    if block < 0:
+        return
+
+    m = tl.arange(0, BLOCK_M)
+    d = tl.arange(0, BLOCK_D)
+    token = block * TOKENS + m // PACK
+    head = tl.program_id(0) * PACK + m % PACK
+    kv_head = tl.program_id(0) * PACK // GROUP
+    in_tile = (m < TOKENS * PACK) & (token < q_len)
+    q_mask = in_tile[:, None] & (d[None, :] < D)
+    q_row = (q_start + token).to(tl.int64)
+    q = tl.load(
+        q_ptr + q_row[:, None] * q_stride + head[:, None] * D + d[None, :], mask=q_mask, other=0.0
+    )
+    prefix = kv_len - q_len
+    query_at = prefix + token
+    table = table_ptr + tl.load(rows_ptr + row).to(tl.int64) * table_stride
+    k_base = k_ptr + kv_head * D + d[None, :]
+    v_base = v_ptr + kv_head * D + d[None, :]
+
+    most = tl.full([BLOCK_M], -1.0e30, tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    first_at = prefix + block * TOKENS
+    end = tl.minimum(first_at + TOKENS, kv_len)
+    if WINDOW > 0:
+        start = tl.maximum(first_at - WINDOW + 1, 0) // BLOCK_N * BLOCK_N
+    else:
+        # Whole tiles of keys that every query of this tile sees.
+        start = tl.maximum(first_at + 1, 0) // BLOCK_N * BLOCK_N
+        acc, most, total = _attend(
+            acc, most, total, q, query_at, 0, start, kv_len, table, k_base, v_base,
+            k_stride, v_stride, scale_log2, False, WINDOW, D, BLOCK_D, BLOCK_N,
+        )  # fmt: skip
+    acc, most, total = _attend(
+        acc, most, total, q, query_at, start, end, kv_len, table, k_base, v_base,
+        k_stride, v_stride, scale_log2, True, WINDOW, D, BLOCK_D, BLOCK_N,
+    )  # fmt: skip
+
+    # A row of padding (kv_len 0) sees no key at all, and gets zeros.
+    out = acc / tl.where(total > 0, total, 1.0)[:, None]
+    out_at = out_ptr + (q_row[:, None] * HQ + head[:, None]) * D + d[None, :]
+    tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=q_mask)
+
+
+def extend_attention_triton(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slot_table: torch.Tensor,
+    rows: torch.Tensor,
+    q_starts: torch.Tensor,
+    kv_lens: torch.Tensor,
+    scale: float,
+    window: int,
+    max_q_len: int,
+    config: ExtendConfig | None = None,
+) -> torch.Tensor:
+    num_tokens, num_q_heads, dim = q.shape
+    group = num_q_heads // k_cache.shape[1]
+    if config is None:
+        config = extend_config(max_q_len, group, dim)
+    out = torch.empty(num_tokens, num_q_heads, dim, dtype=q.dtype, device=q.device)
+    if num_tokens == 0:
+        return out
+    pack = group if config.pack and group <= config.block_m else 1
+    # Heads first: those of one group then read the same K and V at about the same time.
+    grid = (num_q_heads // pack, triton.cdiv(max_q_len, config.block_m // pack), len(rows))
+    _extend_kernel[grid](
+        q, k_cache, v_cache, slot_table, rows, q_starts, kv_lens, out,
+        q.stride(0), k_cache.stride(0), v_cache.stride(0), slot_table.stride(0),
+        scale * math.log2(math.e),
+        WINDOW=window,
+        HQ=num_q_heads,
+        GROUP=group,
+        PACK=pack,
+        D=dim,
+        BLOCK_D=triton.next_power_of_2(dim),
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )  # fmt: skip
     return out
