@@ -110,7 +110,7 @@ class RowSpec(Message):
 
     row: int
     cached_len: int
-    """Tokens whose KV the radix cache already holds; their slots come with `grown`."""
+    """Tokens whose KV the radix cache already holds, in the plan's `cached_slots`."""
     seed: int
     """uint32; with the position it determines every random draw of this row."""
     temperature: float
@@ -133,25 +133,23 @@ class RowSpec(Message):
 
 
 class StepPlan(Message):
-    """One forward step. The int32 payload, a second frame, holds in this order
+    """One forward step of T tokens. The int32 payload, a second frame, holds in this order
 
-        rows          [num_rows]        decode rows first
-        decode_slots  [num_decode]      the KV slot of each decode row's new token
-        q_lens        [num_prefill]     new tokens of each prefill row (num_rows - num_decode)
-        sample        [num_prefill]     1 if the row's last token is its prompt's last: sample
-        grown         [num_grown, 3]    (row, at, count): slot_table[row, at:at+count] = next slots
-        grown_slots   [sum of counts]   slots of cached prefixes and of prefill tokens
-        prefill_ids   [num_prefill_tokens]
+        rows          [num_rows]            decode rows first
+        q_lens        [num_prefill]         new tokens of each prefill row (num_rows - num_decode)
+        sample        [num_prefill]         1 if the row's last token is its prompt's last: sample
+        slots         [T]                   where each new token's KV goes
+        cached_slots  [sum of cached_len]   of the rows that open, in their order
+        prefill_ids   [num_prefill_tokens]  T - num_decode
 
-    A decode row's input token is `last_token[row]`, on the device; its position is `seq_len[row]`.
+    New tokens follow those that the row has: the workers know its length. A decode row's input is
+    `last_token[row]`, on the device.
     """
 
     step: int
     opened: list[RowSpec]
     num_rows: int
     num_decode: int
-    num_grown: int
-    num_grown_slots: int
     num_prefill_tokens: int
 
 

@@ -89,6 +89,10 @@ class ServerArgs:
         "auto: triton on a GPU, torch_native on a CPU",
         choices=("auto", "triton", "torch_native"),
     )
+    disable_cuda_graph: bool = _flag(False, "launch every kernel of a decode step by itself")
+    cuda_graph_max_bs: int | None = _flag(
+        None, "largest batch with a CUDA graph (default: max-running-requests)"
+    )
     disable_radix_cache: bool = _flag(False, "forget every prefix when its request ends")
     model_mode: list[str] = _flag(
         [], "SGLang's older spelling of two flags", choices=("no-cache",)

@@ -52,23 +52,18 @@ class PlanBuilder:
     decode_slots: np.ndarray = field(default_factory=lambda: EMPTY)
     opened: list[RowSpec] = field(default_factory=list)
     chunks: list[Chunk] = field(default_factory=list)
-    _grown: list[int] = field(default_factory=list)
-    _grown_slots: list[np.ndarray] = field(default_factory=list)
+    _cached_slots: list[np.ndarray] = field(default_factory=list)
+    _prefill_slots: list[np.ndarray] = field(default_factory=list)
     _prefill_ids: list[np.ndarray] = field(default_factory=list)
 
     def open(self, spec: RowSpec, cached_slots: np.ndarray) -> None:
         self.opened.append(spec)
-        if len(cached_slots):
-            self._grow(spec.row, 0, cached_slots)
+        self._cached_slots.append(cached_slots)
 
     def prefill(self, chunk: Chunk, tokens: np.ndarray, slots: np.ndarray) -> None:
         self.chunks.append(chunk)
-        self._grow(chunk.row, chunk.start, slots)
         self._prefill_ids.append(tokens)
-
-    def _grow(self, row: int, at: int, slots: np.ndarray) -> None:
-        self._grown += (row, at, len(slots))
-        self._grown_slots.append(slots)
+        self._prefill_slots.append(slots)
 
     def is_empty(self) -> bool:
         return not len(self.decode_rows) and not self.chunks
@@ -76,20 +71,19 @@ class PlanBuilder:
     def build(self) -> tuple[StepPlan, bytes, Flight]:
         flight = Flight(self.step, self.decode_rows, self.chunks)
         rows = flight.rows()
-        q_lens = [c.end - c.start for c in self.chunks]
-        samples = [c.samples for c in self.chunks]
-        grown_slots = np.concatenate([EMPTY, *self._grown_slots])
-        prefill_ids = np.concatenate([EMPTY, *self._prefill_ids])
+        q_lens = np.array([c.end - c.start for c in self.chunks], dtype=np.int32)
+        samples = np.array([c.samples for c in self.chunks], dtype=np.int32)
+        payload = np.concatenate(
+            [rows, q_lens, samples, self.decode_slots]
+            + self._prefill_slots
+            + self._cached_slots
+            + self._prefill_ids
+        )
         plan = StepPlan(
             step=self.step,
             opened=self.opened,
             num_rows=len(rows),
             num_decode=len(self.decode_rows),
-            num_grown=len(self._grown) // 3,
-            num_grown_slots=len(grown_slots),
-            num_prefill_tokens=len(prefill_ids),
+            num_prefill_tokens=int(q_lens.sum()),
         )
-        parts = (
-            rows, self.decode_slots, q_lens, samples, self._grown, grown_slots, prefill_ids
-        )  # fmt: skip
-        return plan, b"".join(pack(part) for part in parts), flight
+        return plan, pack(payload), flight

@@ -52,57 +52,56 @@ class RowState:
 
     def advance(self, plan: StepPlan, payload: bytes) -> StepArrays:
         """Reads a plan (StepPlan's docstring draws its payload) and moves `seq_len` past it."""
-        data, at = unpack(payload), 0
-
-        def take(n: int) -> np.ndarray:
-            nonlocal at
-            at += n
-            return data[at - n : at]
-
         d, num_prefill = plan.num_decode, plan.num_rows - plan.num_decode
-        rows, decode_slots = take(plan.num_rows), take(d)
-        chunk_lens, samples = take(num_prefill), take(num_prefill)
-        grown = take(3 * plan.num_grown).reshape(-1, 3)
-        grown_slots, prefill_ids = take(plan.num_grown_slots), take(plan.num_prefill_tokens)
-        assert at == len(data), "the payload is not as long as its header says"
-
         opened = np.array([spec.row for spec in plan.opened], dtype=np.int32)
-        if len(opened):
-            self.seq_len[opened] = [spec.cached_len for spec in plan.opened]
+        cached_lens = np.array([spec.cached_len for spec in plan.opened], dtype=np.int32)
+        rows, chunk_lens, samples, slots, cached_slots, prefill_ids = _split(
+            unpack(payload),
+            plan.num_rows,
+            num_prefill,
+            num_prefill,
+            d + plan.num_prefill_tokens,
+            int(cached_lens.sum()),
+            plan.num_prefill_tokens,
+        )
+        self.seq_len[opened] = cached_lens
         before = self.seq_len[rows]
         q_lens = np.ones(plan.num_rows, dtype=np.int32)
         q_lens[d:] = chunk_lens
         self.seq_len[rows] = kv_lens = before + q_lens
-        decode_at = rows[:d] * np.int32(self.max_len) + before[:d]
-        if num_prefill == 0:
-            return StepArrays(
-                d, rows, q_lens, kv_lens, before, decode_slots, prefill_ids,
-                np.arange(d, dtype=np.int32), np.arange(d, dtype=np.int32),
-                decode_at, decode_slots, opened, _params(plan.opened),
-            )  # fmt: skip
-        grown_at = _ranges(grown[:, 0] * np.int32(self.max_len) + grown[:, 1], grown[:, 2])
-        prefill_positions = _ranges(before[d:], chunk_lens)
-        # Chunks' slots come in plan order; those of cached prefixes lie between them.
-        prefill_at = _ranges(rows[d:] * np.int32(self.max_len) + before[d:], chunk_lens)
-        order = np.argsort(grown_at)
-        found = order[np.searchsorted(grown_at, prefill_at, sorter=order)]
-        ends = d + np.cumsum(chunk_lens, dtype=np.int32) - 1
-        sampled = np.flatnonzero(samples)
+        if num_prefill:
+            positions = _ranges(before, q_lens)
+            owners = np.repeat(rows, q_lens)
+            sample_of = np.concatenate([np.arange(d), d + np.flatnonzero(samples)])
+            sample_at = np.cumsum(q_lens)[sample_of] - 1
+        else:
+            positions, owners = before, rows
+            sample_of = sample_at = np.arange(d)
+        grown_at = owners * np.int32(self.max_len) + positions
+        if len(cached_slots):
+            cached_at = _ranges(opened * np.int32(self.max_len), cached_lens)
+            grown_at = np.concatenate([grown_at, cached_at])
         return StepArrays(
             num_decode=d,
             rows=rows,
             q_lens=q_lens,
             kv_lens=kv_lens,
-            positions=np.concatenate([before[:d], prefill_positions]),
-            slots=np.concatenate([decode_slots, grown_slots[found]]),
+            positions=positions,
+            slots=slots,
             prefill_ids=prefill_ids,
-            sample_at=np.concatenate([np.arange(d, dtype=np.int32), ends[sampled]]),
-            sample_of=np.concatenate([np.arange(d), d + sampled]).astype(np.int32),
-            grown_at=np.concatenate([decode_at, grown_at]),
-            grown_slots=np.concatenate([decode_slots, grown_slots]),
+            sample_at=sample_at.astype(np.int32),
+            sample_of=sample_of,
+            grown_at=grown_at,
+            grown_slots=np.concatenate([slots, cached_slots]),
             opened=opened,
             params=_params(plan.opened),
         )
+
+
+def _split(data: np.ndarray, *sizes: int) -> list[np.ndarray]:
+    *parts, rest = np.split(data, np.cumsum(sizes))
+    assert len(rest) == 0 and len(parts[-1]) == sizes[-1], "the payload belies its header"
+    return parts
 
 
 def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:

@@ -14,10 +14,11 @@ from sglang.models.checkpoint import open_checkpoint
 from sglang.models.registry import build_model
 from sglang.server_args import ServerArgs
 from sglang.worker.batch import Batch
+from sglang.worker.graphs import DecodeGraphs, DecodeInputs, DecodeOutputs
 from sglang.worker.kv_pool import KVPool, num_slots_that_fit
 from sglang.worker.parallel import TensorParallel
 from sglang.worker.rows import RowState, StepArrays
-from sglang.worker.sampler import RowLogprobs, Sampler
+from sglang.worker.sampler import RowLogprobs, Sampler, draw
 
 
 @dataclass
@@ -89,6 +90,12 @@ class ModelRunner:
         self.sampler = Sampler(num_rows, config.vocab_size, self.device)
         self.attention = create_attention_backend(args.attention_backend, self.device)
 
+        # CUDA graphs
+        self.graphs = None
+        if self.device.type == "cuda" and not args.disable_cuda_graph:
+            largest = min(args.cuda_graph_max_bs or num_rows, num_rows)
+            self.graphs = DecodeGraphs(self._decode, self.rows, largest, tp.rank == 0)
+
     @torch.inference_mode()
     def launch(self, plan: StepPlan, payload: bytes) -> PendingStep:
         step = self.rows.advance(plan, payload)
@@ -98,6 +105,8 @@ class ModelRunner:
         return self._send_home(plan.step, tokens, logprobs)
 
     def _forward(self, step: StepArrays) -> tuple[torch.Tensor, RowLogprobs | None]:
+        if self.graphs is not None and self.graphs.fit(step):
+            return self._replay(self.graphs, step)
         batch, sample_at, sample_rows, sample_positions = self._upload(step)
         self.attention.begin(batch)
         hidden = self.model.forward(batch.input_ids, batch.positions, batch)
@@ -114,6 +123,47 @@ class ModelRunner:
         )
         self.rows.last_token.index_copy_(0, sample_rows.long(), tokens)
         return tokens, logprobs
+
+    def _replay(
+        self, graphs: DecodeGraphs, step: StepArrays
+    ) -> tuple[torch.Tensor, RowLogprobs | None]:
+        n = len(step.rows)
+        inputs, outputs = graphs.replay(step)
+        if self.sampler.is_plain(step.rows):
+            return outputs.tokens[:n], None
+        rows = inputs.rows[:n]  # their tokens take the place of those that the graph drew
+        tokens, logprobs = self.sampler(
+            outputs.logits[:n],
+            step.rows,
+            step.kv_lens,
+            self.rows.params.index_select(1, rows),
+            inputs.kv_lens[:n],
+        )
+        self.rows.last_token.index_copy_(0, rows.long(), tokens)
+        return tokens, logprobs
+
+    def _decode(self, inputs: DecodeInputs) -> DecodeOutputs:
+        """A decode step by what is on the device alone, for a graph."""
+        rows = self.rows
+        rows.slot_table.view(-1).index_copy_(0, inputs.grown_at.long(), inputs.slots)
+        batch = Batch(
+            num_decode=len(inputs.rows),
+            input_ids=rows.last_token.index_select(0, inputs.rows),
+            positions=inputs.positions,
+            slots=inputs.slots,
+            rows=inputs.rows,
+            kv_lens=inputs.kv_lens,
+            slot_table=rows.slot_table,
+            q_starts=inputs.rows[:1],
+            max_kv_len=rows.max_len,
+            attention=self.attention,
+            kv_cache=self.kv_cache,
+        )
+        self.attention.begin(batch)
+        logits = self.model.logits(self.model.forward(batch.input_ids, batch.positions, batch))
+        tokens = draw(logits, rows.params.index_select(1, inputs.rows), inputs.kv_lens)
+        rows.last_token.index_copy_(0, inputs.rows.long(), tokens)
+        return DecodeOutputs(logits, tokens)
 
     def _upload(self, step: StepArrays) -> tuple[Batch, torch.Tensor, torch.Tensor, torch.Tensor]:
         """One copy to the device; then the row state takes in what is new."""

@@ -52,20 +52,14 @@ class HashingWorker:
             return [data.popleft() for _ in range(n)]
 
         num_prefill = plan.num_rows - plan.num_decode
-        rows, decode_slots = take(plan.num_rows), take(plan.num_decode)
-        q_lens, samples = take(num_prefill), take(num_prefill)
-        grown, grown_slots = take(3 * plan.num_grown), take(plan.num_grown_slots)
-        prefill_ids = take(plan.num_prefill_tokens)
-        assert not data, "the payload is longer than its header says"
-
+        rows, q_lens, samples = take(plan.num_rows), take(num_prefill), take(num_prefill)
+        slots = take(plan.num_decode + plan.num_prefill_tokens)
         for spec in plan.opened:
             self.slot_table[spec.row] = -1
+            self.slot_table[spec.row, : spec.cached_len] = take(spec.cached_len)
             self.seq_len[spec.row] = spec.cached_len
-        for row, at, count in zip(grown[::3], grown[1::3], grown[2::3], strict=True):
-            self.slot_table[row, at : at + count] = grown_slots[:count]
-            del grown_slots[:count]
-        for row, slot in zip(rows, decode_slots, strict=False):
-            self.slot_table[row, self.seq_len[row]] = slot
+        prefill_ids = take(plan.num_prefill_tokens)
+        assert not data, "the payload is longer than its header says"
 
         work = [(row, 1, True) for row in rows[: plan.num_decode]]
         work += list(zip(rows[plan.num_decode :], q_lens, map(bool, samples), strict=True))
@@ -76,7 +70,8 @@ class HashingWorker:
         tokens = []
         for row, ids, _ in work:  # all write before any reads, as the kernels of a layer do
             for token in ids:
-                self.memory[self.slot_table[row, self.seq_len[row]]] = int(token)
+                self.slot_table[row, self.seq_len[row]] = slot = slots.pop(0)
+                self.memory[slot] = int(token)
                 self.seq_len[row] += 1
         for row, _, samples_now in work:
             if samples_now:
