@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import msgspec
 
@@ -35,6 +36,32 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
     no_stop_trim: bool = False
     """Keep the matched stop string or stop token in the text."""
 
+    @classmethod
+    def from_dict(
+        cls, values: dict[str, Any], defaults: dict[str, Any] | None = None
+    ) -> SamplingParams:
+        """None, or a name left out, is the default: the model's own in `defaults`, else SGLang's
+        (but `max_new_tokens` None is a value of its own).
+
+        Raises ValueError with a message that starts with the offending field's name; `verify` does
+        the rest.
+        """
+        for name in values:
+            if name not in cls.__struct_fields__:
+                raise ValueError(f"{name} is not a sampling parameter")
+        given = {k: v for k, v in values.items() if v is not None or k == "max_new_tokens"}
+        if isinstance(given.get("stop"), str):
+            given["stop"] = [given["stop"]]
+        if isinstance(given.get("logit_bias"), dict):
+            given["logit_bias"] = _int_keys(given["logit_bias"])
+        try:
+            return msgspec.convert({**(defaults or {}), **given}, cls)
+        except msgspec.ValidationError as error:
+            # "Expected `int`, got `str` - at `$.top_k`"
+            reason, _, path = str(error).partition(" - at `$.")
+            field = path.rstrip("`").split("[")[0]
+            raise ValueError(f"{field}: {reason[:1].lower()}{reason[1:]}") from None
+
     def verify(self, vocab_size: int) -> None:
         """Raises ValueError with a message that starts with the offending field's name."""
 
@@ -65,10 +92,16 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
                 raise ValueError(f"logit_bias values must be in [-100, 100], got {bias}")
         for token in self.stop_token_ids:
             if not 0 <= token < vocab_size:
-                raise ValueError(
-                    f"stop_token_ids must be in [0, {vocab_size}), got {token}"
-                )
+                raise ValueError(f"stop_token_ids must be in [0, {vocab_size}), got {token}")
         if len(self.stop) > MAX_STOP_STRINGS:
             raise ValueError(f"stop takes at most {MAX_STOP_STRINGS} strings, got {len(self.stop)}")
         if any(not s for s in self.stop):
             raise ValueError("stop strings must not be empty")
+
+
+def _int_keys(bias: dict[Any, Any]) -> dict[int, Any]:
+    """JSON's keys are strings."""
+    try:
+        return {int(token): value for token, value in bias.items()}
+    except (TypeError, ValueError):
+        raise ValueError("logit_bias: its keys must be token ids") from None

@@ -1,0 +1,78 @@
+"""The HTTP application: every endpoint, and errors in one shape."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+
+import sglang
+from sglang.server.errors import install_error_handlers
+from sglang.server.native import native_router
+from sglang.server.openai.chat import chat_router
+from sglang.server.openai.completions import completions_router
+from sglang.server.service import Service
+
+
+def build_app(service: Service) -> FastAPI:
+    app = FastAPI(title="nano-sglang", version=sglang.__version__)
+    install_error_handlers(app)
+    app.include_router(completions_router(service))
+    app.include_router(chat_router(service))
+    app.include_router(native_router(service))
+
+    def card() -> dict[str, Any]:
+        return {
+            "id": service.model.name,
+            "object": "model",
+            "created": service.created,
+            "owned_by": "sglang",
+            "root": service.model.path,
+            "max_model_len": service.model.context_len,
+        }
+
+    @app.get("/v1/models", tags=["OpenAI"])
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [card()]}
+
+    @app.get("/v1/models/{name:path}", tags=["OpenAI"])
+    async def model(name: str) -> dict[str, Any]:
+        service.check_model(name)
+        return card()
+
+    return app
+
+
+class HTTPServer(uvicorn.Server):
+    """uvicorn, on uvloop and httptools; the launcher handles signals."""
+
+    def __init__(self, app: FastAPI, log_level: str, grace_seconds: float) -> None:
+        config = uvicorn.Config(
+            app,
+            http="httptools",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            log_level="info" if log_level == "debug" else "warning",
+            access_log=log_level == "debug",
+            timeout_keep_alive=75,  # longer than usual clients' pools keep a connection
+            timeout_graceful_shutdown=int(grace_seconds),
+            backlog=4096,
+        )
+        super().__init__(config)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    async def wait_started(self, serving: asyncio.Future[None]) -> None:
+        """`serving` is what runs `serve`. Raises what kept it from starting."""
+        while not self.started:
+            if serving.done():
+                await serving
+                raise OSError("the HTTP server did not start")
+            await asyncio.sleep(0.01)

@@ -1,0 +1,169 @@
+"""Starts a server: the engine's processes, then HTTP in this one; and ends it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator
+
+from sglang.model_config import ModelConfig
+from sglang.processes import Death, EngineProcesses
+from sglang.server_args import ServerArgs
+
+logger = logging.getLogger("sglang")
+
+GRACE_SECONDS = 5.0
+"""When the server is asked to end, running requests have so long before they are aborted."""
+
+
+def serve(args: ServerArgs) -> int:
+    """Runs a server to its end; returns the exit code. A process that dies ends this one at once,
+    with code 1."""
+    started = time.monotonic()
+    form = "[%(asctime)s server] %(message)s"
+    logging.basicConfig(level=args.log_level.upper(), format=form, datefmt="%H:%M:%S")
+    signal.signal(signal.SIGTERM, _leave)  # until the event loop handles it
+    try:
+        with _listen(args.host, args.port) as listener, Engine(args) as engine:
+            return _run(engine, listener, started)
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, OSError) as error:
+        if args.log_level == "debug":
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+
+
+def _leave(signum: int, frame: object) -> None:
+    sys.exit(0)
+
+
+@contextlib.contextmanager
+def _listen(host: str, port: int) -> Iterator[socket.socket]:
+    """A socket that is bound, before any weight is loaded, and does not listen yet.
+
+    Raises OSError naming the address where it is taken.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, port))
+        except OSError as error:
+            raise OSError(f"cannot listen on {host}:{port}: {error.strerror}") from None
+        yield listener
+
+
+class Engine:
+    """A model and its processes."""
+
+    def __init__(self, args: ServerArgs) -> None:
+        self.args = args
+        self.model = ModelConfig.load(args)
+        self.is_ready = False
+        self.processes = EngineProcesses(args, self.model, self._on_death)
+
+    def __enter__(self) -> Engine:
+        logger.info("starting %s (%s, %s)", self.model.name, self.model.dtype, self.model.device)
+        self.processes.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.processes.stop()
+
+    def _on_death(self, death: Death) -> None:
+        """On the supervisor's thread. The other processes have been killed, so there is nothing to
+        wait for, and a reply that was under way cannot be completed."""
+        self.processes.stop()
+        if death.traceback and (self.is_ready or not death.plain or self.args.log_level == "debug"):
+            print(death.traceback, file=sys.stderr)
+        print(f"error: {death.message}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(1)
+
+
+def _run(engine: Engine, listener: socket.socket, started: float) -> int:
+    # These take half a second, which the other processes need anyway.
+    import uvloop
+
+    loop = uvloop.new_event_loop()
+    try:
+        return loop.run_until_complete(_serve(engine, listener, started))
+    finally:
+        loop.close()
+
+
+async def _serve(engine: Engine, listener: socket.socket, started: float) -> int:
+    from sglang.server.app import HTTPServer, build_app
+    from sglang.server.service import Service
+    from sglang.server.tokenizer_manager import TokenizerManager
+
+    args, model = engine.args, engine.model
+    manager = TokenizerManager(engine.processes.addresses, model.vocab_size)
+    ending = Ending()
+    tokenizer = None
+    if not args.skip_tokenizer_init:
+        from sglang.tokenizer import Tokenizer
+
+        tokenizer = Tokenizer.load(model, args)
+    ready = asyncio.ensure_future(manager.ready())
+    await asyncio.wait((ready, ending.asked), return_when=asyncio.FIRST_COMPLETED)
+    if not ready.done():
+        ready.cancel()
+        return ending.exit_code
+    engine.is_ready = True
+    service = Service(args, model, tokenizer, manager, ready.result())
+    server = HTTPServer(build_app(service), args.log_level, GRACE_SECONDS + 2)
+    serving = asyncio.ensure_future(server.serve([listener]))
+    await server.wait_started(serving)
+    _announce(engine, listener, time.monotonic() - started)
+    await asyncio.wait((serving, ending.asked), return_when=asyncio.FIRST_COMPLETED)
+    service.draining = True
+    server.should_exit = True
+    if manager.num_generations:
+        logger.info("finishing %d requests", manager.num_generations)
+    grace = asyncio.get_running_loop().call_later(GRACE_SECONDS, manager.abort_all)
+    await serving
+    grace.cancel()
+    manager.close()
+    return ending.exit_code
+
+
+class Ending:
+    """SIGTERM and Ctrl-C. The first asks for an end; a second Ctrl-C is one."""
+
+    def __init__(self) -> None:
+        loop = asyncio.get_running_loop()
+        self.asked: asyncio.Future[None] = loop.create_future()
+        self.exit_code = 0
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(signum, self._on_signal, signum)
+
+    def _on_signal(self, signum: int) -> None:
+        if not self.asked.done():
+            self.exit_code = 130 if signum == signal.SIGINT else 0
+            self.asked.set_result(None)
+            logger.info("ending; Ctrl-C again to end at once")
+        elif signum == signal.SIGINT:
+            os._exit(130)  # the kernel ends the children with this process
+
+
+def _announce(engine: Engine, listener: socket.socket, seconds: float) -> None:
+    host, port = listener.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "localhost"}.get(host, host)
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    logger.info("ready after %.1f s", seconds)
+    print(f"\n{engine.model.name} is served at {url}. Try:\n")
+    if engine.args.skip_tokenizer_init:
+        path, body = "/generate", '{"input_ids": [1, 2, 3]}'
+    else:
+        path = "/v1/chat/completions"
+        body = '{"messages": [{"role": "user", "content": "What is the capital of France?"}]}'
+    print(f"curl {url}{path} -H 'Content-Type: application/json' \\\n  -d '{body}'\n", flush=True)

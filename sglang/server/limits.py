@@ -1,0 +1,65 @@
+"""What a request may ask of this server."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import msgspec
+import numpy as np
+
+from sglang.messages import GenerateRequest, pack
+from sglang.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Errors are ValueErrors whose message starts with the field's name: "prompt",
+    "max_new_tokens" or another field of SamplingParams."""
+
+    vocab_size: int
+    context_len: int
+    max_total_tokens: int
+    """KV slots."""
+
+    def request(self, handle: int, ids: list[int], params: SamplingParams) -> GenerateRequest:
+        """The message to the router, with `max_new_tokens` set, if it can ever be served."""
+        params.verify(self.vocab_size)
+        array = self._check_ids(ids)
+        room = min(self.context_len, self.max_total_tokens) - len(ids)
+        if len(ids) > self.context_len or (room <= 0 and params.max_new_tokens != 0):
+            limit = min(self.context_len, self.max_total_tokens)
+            what = self._name_limit()
+            raise ValueError(
+                f"prompt has {len(ids)} tokens and leaves no room for output: {what} {limit} tokens"
+            )
+        if params.max_new_tokens is None:
+            if params.min_new_tokens > room:
+                raise ValueError(
+                    f"min_new_tokens must be <= {room}, which is what the prompt of {len(ids)} "
+                    f"tokens leaves, got {params.min_new_tokens}"
+                )
+            params = msgspec.structs.replace(params, max_new_tokens=room)
+        elif params.max_new_tokens > room:
+            raise ValueError(
+                f"max_new_tokens is {params.max_new_tokens}, and the prompt has {len(ids)} tokens: "
+                f"{self._name_limit()} {len(ids) + room} tokens for both"
+            )
+        return GenerateRequest(handle, pack(array), params)
+
+    def _check_ids(self, ids: list[int]) -> np.ndarray:
+        if not ids:
+            raise ValueError("prompt must not be empty")
+        array = np.asarray(ids)
+        if array.dtype.kind != "i":  # ids beyond 64 bits make an array of objects
+            raise ValueError(f"prompt token ids must be in [0, {self.vocab_size})")
+        wrong = (array < 0) | (array >= self.vocab_size)
+        if wrong.any():
+            raise ValueError(
+                f"prompt token ids must be in [0, {self.vocab_size}), got {array[wrong][0]}"
+            )
+        return array
+
+    def _name_limit(self) -> str:
+        if self.context_len <= self.max_total_tokens:
+            return "the model's context holds"
+        return "the KV pool (--max-total-tokens) holds"

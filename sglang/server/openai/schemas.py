@@ -1,0 +1,190 @@
+"""OpenAI's requests, with the extras that SGLang and vLLM clients send.
+
+Unknown fields are ignored, as other servers do; those that name a feature which is missing here are
+refused. A field of the wrong type is an error: nothing is converted.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema
+
+from sglang.server.errors import ApiError
+
+_UNSUPPORTED = "Not supported: refused unless null."
+Unsupported = Annotated[Any, Field(description=_UNSUPPORTED)]
+
+
+def refuse_unsupported(body: BaseModel) -> None:
+    """Raises ApiError naming the field."""
+    for name, field in type(body).model_fields.items():
+        if field.description == _UNSUPPORTED:
+            value = getattr(body, name)
+            if value is not None and value is not False and value != []:
+                raise ApiError(f"{name} is not supported by this server", name)
+
+
+def parse_prompts(value: Any) -> list[str | list[int]]:
+    """One prompt or several, as texts or as token ids -> a list of prompts."""
+    wrong = "must be a string, a list of strings, a list of token ids or a list of such lists"
+    if isinstance(value, str):
+        prompts: list[str | list[int]] = [value]
+    elif not isinstance(value, list):
+        raise ValueError(wrong)
+    elif value and all(type(item) is int for item in value):
+        prompts = [value]
+    elif all(isinstance(item, str) for item in value) or all(
+        isinstance(item, list) and all(type(token) is int for token in item) for item in value
+    ):
+        prompts = value
+    else:
+        raise ValueError(wrong)
+    if not prompts or not all(prompts):
+        raise ValueError("must not be empty")
+    for prompt in prompts:
+        if isinstance(prompt, str) and not prompt.isascii():
+            check_unicode(prompt)
+    return prompts
+
+
+def check_unicode(text: str) -> str:
+    """JSON can spell half a surrogate pair, which is no text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("must be valid Unicode: it holds half a surrogate pair") from None
+    return text
+
+
+_TEXT = {"type": "string", "minLength": 1}
+_TOKENS = {"type": "array", "items": {"type": "integer"}, "minItems": 1}
+TEXTS = {"anyOf": [_TEXT, {"type": "array", "items": _TEXT, "minItems": 1}]}
+TOKEN_LISTS = {"anyOf": [_TOKENS, {"type": "array", "items": _TOKENS, "minItems": 1}]}
+_EITHER = {"anyOf": TEXTS["anyOf"] + TOKEN_LISTS["anyOf"]}
+Prompts = Annotated[Any, PlainValidator(parse_prompts), WithJsonSchema(_EITHER)]
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    include_usage: bool | None = False
+
+
+class _Sampling(BaseModel):
+    """What both endpoints take. None: the model's default."""
+
+    model_config = ConfigDict(strict=True, protected_namespaces=())
+
+    model: str | None = None
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    n: int | None = Field(1, ge=1, le=128)
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    logit_bias: dict[str, float] | None = None
+    # SGLang's and vLLM's
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    min_tokens: int | None = None
+    ignore_eos: bool | None = None
+    stop_token_ids: list[int] | None = None
+    skip_special_tokens: bool | None = None
+    no_stop_trim: bool | None = None
+    rid: str | None = None
+
+    logprobs: Unsupported = None
+    regex: Unsupported = None
+    ebnf: Unsupported = None
+    json_schema: Unsupported = None
+    guided_json: Unsupported = None
+    guided_regex: Unsupported = None
+    guided_choice: Unsupported = None
+    guided_grammar: Unsupported = None
+    structured_outputs: Unsupported = None
+    structural_tag: Unsupported = None
+    lora_path: Unsupported = None
+    use_beam_search: Unsupported = None
+
+    def refuse_unsupported(self) -> None:
+        refuse_unsupported(self)
+        if self.stream_options is not None and not self.stream:
+            raise ApiError("stream_options is only allowed with stream", "stream_options")
+
+    @property
+    def include_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    def sampling(self, max_new_tokens: int | None) -> dict[str, Any]:
+        """In SGLang's names."""
+        return {
+            "max_new_tokens": max_new_tokens,
+            "min_new_tokens": self.min_tokens,
+            **{name: getattr(self, name) for name in _SAME_NAME},
+        }
+
+
+_SAME_NAME = (
+    "temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty",
+    "repetition_penalty", "seed", "stop", "stop_token_ids", "logit_bias", "ignore_eos",
+    "skip_special_tokens", "no_stop_trim",
+)  # fmt: skip
+
+
+class CompletionRequest(_Sampling):
+    prompt: Prompts
+    echo: bool | None = False
+    best_of: int | None = None
+    suffix: Unsupported = None
+
+    def refuse_unsupported(self) -> None:
+        super().refuse_unsupported()
+        if self.best_of not in (None, self.n or 1):
+            raise ApiError("best_of other than n is not supported by this server", "best_of")
+
+
+class ChatMessage(BaseModel):
+    """Other fields (tool_calls, tool_call_id, name, ...) go to the chat template as they are."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[dict[str, Any]] | None = None
+
+
+class ChatRequest(_Sampling):
+    messages: list[ChatMessage] = Field(min_length=1)
+    max_completion_tokens: int | None = None
+    response_format: dict[str, Any] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    modalities: list[str] | None = None
+    # SGLang's and vLLM's
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = False
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    top_logprobs: Unsupported = None
+    tools: Unsupported = None
+    functions: Unsupported = None
+    function_call: Unsupported = None
+    audio: Unsupported = None
+    web_search_options: Unsupported = None
+
+    def refuse_unsupported(self) -> None:
+        super().refuse_unsupported()
+        if self.tool_choice not in (None, "none", "auto"):
+            raise ApiError("tool_choice is not supported by this server", "tool_choice")
+        if self.response_format is not None and self.response_format.get("type") != "text":
+            message = "response_format is not supported by this server, other than type text"
+            raise ApiError(message, "response_format")
+        if self.modalities not in (None, [], ["text"]):
+            raise ApiError("modalities other than text are not supported", "modalities")
+        if self.add_generation_prompt and self.continue_final_message:
+            message = "continue_final_message excludes add_generation_prompt"
+            raise ApiError(message, "continue_final_message")

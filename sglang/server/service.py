@@ -1,0 +1,112 @@
+"""What the endpoints share: the model's facts, the tokenizer, and the way to the engine."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from sglang.messages import EngineReady
+from sglang.sampling_params import SamplingParams
+from sglang.server.errors import ApiError, bad_value
+from sglang.server.tokenizer_manager import Generation, TokenizerManager
+
+if TYPE_CHECKING:
+    from sglang.model_config import ModelConfig
+    from sglang.server_args import ServerArgs
+    from sglang.tokenizer import Tokenizer
+
+MAX_SEQUENCES = 1024
+"""Of one request: its prompts times n."""
+_LONG_TEXT = 4096
+"""Characters; tokenizing more than this would hold up every stream, so a thread does it."""
+
+Prompt = str | list[int]
+
+
+class Service:
+    def __init__(
+        self,
+        args: ServerArgs,
+        model: ModelConfig,
+        tokenizer: Tokenizer | None,
+        manager: TokenizerManager,
+        engine: EngineReady,
+    ) -> None:
+        self.args, self.model, self.tokenizer = args, model, tokenizer
+        self.manager, self.engine = manager, engine
+        self.created = int(time.time())
+        self.draining = False
+        """The server is about to end."""
+
+    def check_model(self, name: str | None) -> None:
+        if name not in (None, "", self.model.name, self.args.model_path):
+            message = f"model {name!r} does not exist; this server has {self.model.name!r}"
+            raise ApiError(message, "model", 404, "model_not_found")
+
+    def need_tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise ApiError(
+                "this server has no tokenizer (--skip-tokenizer-init): use /generate with input_ids"
+            )
+        return self.tokenizer
+
+    async def encode(self, text: str, special_tokens: bool = True) -> list[int]:
+        tokenizer = self.need_tokenizer()
+        if len(text) < _LONG_TEXT:
+            return tokenizer.encode(text, special_tokens)
+        return await asyncio.to_thread(tokenizer.encode, text, special_tokens)
+
+    async def encode_prompts(self, prompts: list[Prompt]) -> list[list[int]]:
+        return [await self.encode(p) if isinstance(p, str) else p for p in prompts]
+
+    def sampling(self, values: dict[str, Any], names: dict[str, str]) -> SamplingParams:
+        """`values` in SGLang's names; `names` says how the client spells them, for errors."""
+        try:
+            return SamplingParams.from_dict(values, self.model.default_sampling)
+        except ValueError as error:
+            raise bad_value(error, names) from None
+
+    def generate(
+        self,
+        rid: str,
+        prompts: list[tuple[list[int], SamplingParams]],
+        *,
+        n: int = 1,
+        stream: bool,
+        names: dict[str, str],
+    ) -> Generation:
+        """n sequences of each prompt, in order: those of prompt i have indices i*n ... i*n + n-1.
+
+        Samples of one prompt with a seed have seeds that follow each other.
+        """
+        if self.draining:
+            raise ApiError("the server is shutting down", status=503)
+        if n < 1 or len(prompts) * n > MAX_SEQUENCES:
+            raise ApiError(f"n must be at least 1, and prompts x n at most {MAX_SEQUENCES}", "n")
+        if self.tokenizer is None and any(params.stop for _, params in prompts):
+            raise ApiError(
+                "stop needs a tokenizer (--skip-tokenizer-init); see stop_token_ids", "stop"
+            )
+        sequences = [
+            (ids, params if i == 0 else _sibling(params, i))
+            for ids, params in prompts
+            for i in range(n)
+        ]
+        try:
+            return self.manager.generate(rid, sequences, stream)
+        except ValueError as error:
+            raise bad_value(error, names) from None
+
+
+def _sibling(params: SamplingParams, index: int) -> SamplingParams:
+    if params.seed is None or index == 0:
+        return params
+    return msgspec.structs.replace(params, seed=(params.seed + index) % 2**63)
+
+
+def new_id(prefix: str) -> str:
+    return f"{prefix}-{uuid.uuid4().hex}"

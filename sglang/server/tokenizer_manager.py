@@ -1,0 +1,299 @@
+"""The tokenizer manager: requests to the router, text to whoever reads it.
+
+It lives in the HTTP server's event loop. On the way back there is one message a step; each delta in
+it is added to its sequence, and a reader that waits is woken. A reader that is slow finds several
+tokens' text in one piece: nothing queues.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import TypeVar
+
+import zmq
+
+from sglang.addresses import Addresses, bind_inbox, connect_outbox
+from sglang.messages import (
+    AbortRequest,
+    Decoder,
+    EngineReady,
+    FlushCache,
+    FlushCacheReply,
+    GetStats,
+    Stats,
+    StreamDelta,
+    StreamEnd,
+    TextBatch,
+    TokenLogprob,
+    ToTokenizerManager,
+    encode,
+)
+from sglang.sampling_params import SamplingParams
+from sglang.server.limits import Limits
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class GenerationClosed(Exception):
+    """Its reader has gone."""
+
+
+class Sequence:
+    """One sequence of a generation: what it has said that its reader has not taken yet."""
+
+    __slots__ = (
+        "cached_tokens", "end", "generation", "handle", "ids", "index", "is_news", "logprobs",
+        "prompt_tokens", "text",
+    )  # fmt: skip
+
+    def __init__(self, generation: Generation, index: int, handle: int, prompt_len: int) -> None:
+        self.generation = generation
+        self.index = index
+        self.handle = handle
+        self.text = ""
+        self.ids = b""
+        """int32 tokens, packed."""
+        self.logprobs: list[TokenLogprob] = []
+        self.prompt_tokens = prompt_len
+        self.cached_tokens = 0
+        self.end: StreamEnd | None = None
+        self.is_news = False
+
+    def take_text(self) -> str:
+        text, self.text = self.text, ""
+        return text
+
+
+class Generation:
+    """The sequences of one request, and its reader's place to wait."""
+
+    def __init__(self, manager: TokenizerManager, rid: str, wants_deltas: bool) -> None:
+        self.rid = rid
+        self.sequences: list[Sequence] = []
+        self.start = time.monotonic()
+        self._manager = manager
+        self._wants_deltas = wants_deltas
+        self._open = 0
+        self._news: list[Sequence] = []
+        self._waiter: asyncio.Future[None] | None = None
+        self._closed = False
+
+    @property
+    def is_open(self) -> bool:
+        return self._open > 0
+
+    def add(self, handle: int, prompt_len: int) -> Sequence:
+        sequence = Sequence(self, len(self.sequences), handle, prompt_len)
+        self.sequences.append(sequence)
+        self._open += 1
+        return sequence
+
+    async def news(self) -> list[Sequence]:
+        """The sequences that have said something since the last call; waits for one.
+
+        Raises GenerationClosed.
+        """
+        while not self._news:
+            await self._wait()
+        news, self._news = self._news, []
+        for sequence in news:
+            sequence.is_news = False
+        return news
+
+    async def finished(self) -> None:
+        """Waits for the end of every sequence. Raises GenerationClosed."""
+        while self._open:
+            await self._wait()
+
+    async def _wait(self) -> None:
+        if self._closed:
+            raise GenerationClosed
+        self._waiter = asyncio.get_running_loop().create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+        if self._closed:
+            raise GenerationClosed
+
+    def close(self) -> None:
+        """Nobody reads any more: what still runs is aborted. May be called at any time, twice."""
+        if not self._closed:
+            self._closed = True
+            self._manager.forget(self)
+            self._wake()
+
+    def push(self, sequence: Sequence, delta: StreamDelta) -> None:
+        """The token path."""
+        sequence.text += delta.text
+        sequence.ids += delta.token_ids
+        if delta.cached_tokens:
+            sequence.cached_tokens = delta.cached_tokens
+        if delta.logprobs:
+            sequence.logprobs += delta.logprobs
+        if delta.end is not None:
+            sequence.end = delta.end
+            self._open -= 1
+        if self._wants_deltas:
+            if not sequence.is_news:
+                sequence.is_news = True
+                self._news.append(sequence)
+            self._wake()
+        elif not self._open:
+            self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+class Inbox:
+    """Calls `on_frame` for every message, within the running event loop.
+
+    A ZeroMQ socket's descriptor says that something has happened, not that a message is there, so
+    each time all that is there is received.
+    """
+
+    def __init__(self, socket: zmq.Socket, on_frame: Callable[[bytes], None]) -> None:
+        self._socket, self._on_frame = socket, on_frame
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(socket.FD, self._drain)
+        self._loop.call_soon(self._drain)  # what came before
+
+    def _drain(self) -> None:
+        while True:
+            try:
+                frame = self._socket.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            try:
+                self._on_frame(frame)
+            except Exception:  # a bug, which must not leave what follows unread
+                logger.exception("a message could not be handled")
+
+    def close(self) -> None:
+        self._loop.remove_reader(self._socket.FD)
+
+
+class TokenizerManager:
+    """Owns handles and per-request state. Made, and used, within a running event loop."""
+
+    def __init__(self, addresses: Addresses, vocab_size: int) -> None:
+        self._context = zmq.Context()
+        self._router = connect_outbox(self._context, addresses.router)
+        self._socket = bind_inbox(self._context, addresses.tokenizer_manager)
+        self._decode = Decoder(ToTokenizerManager).decode
+        self._inbox = Inbox(self._socket, self._receive)
+        self._vocab_size = vocab_size
+        self._limits: Limits | None = None
+        self._engine: asyncio.Future[EngineReady] = asyncio.get_running_loop().create_future()
+        self._handles = itertools.count(1)
+        self._sequences: dict[int, Sequence] = {}
+        self._generations: dict[str, Generation] = {}
+        self._stats: deque[asyncio.Future[Stats]] = deque()
+        self._flushes: deque[asyncio.Future[FlushCacheReply]] = deque()
+
+    async def ready(self) -> EngineReady:
+        """Waits until weights are loaded."""
+        return await asyncio.shield(self._engine)
+
+    @property
+    def num_generations(self) -> int:
+        return len(self._generations)
+
+    def generate(
+        self, rid: str, prompts: list[tuple[list[int], SamplingParams]], wants_deltas: bool
+    ) -> Generation:
+        """Sends the prompts to the router, if all of them are fit to be served.
+
+        Raises ValueError with a message that starts with the field's name ("prompt" for the ids).
+        """
+        assert self._limits is not None, "await ready() first"
+        if rid in self._generations:
+            raise ValueError(f"rid {rid} is that of a running request")
+        requests = [
+            self._limits.request(self._next_handle(), ids, params) for ids, params in prompts
+        ]
+        generation = Generation(self, rid, wants_deltas)
+        self._generations[rid] = generation
+        for request in requests:
+            sequence = generation.add(request.handle, len(request.input_ids) // 4)
+            self._sequences[request.handle] = sequence
+            self._router.send(encode(request))
+        return generation
+
+    def forget(self, generation: Generation) -> None:
+        self._generations.pop(generation.rid, None)
+        handles = [s.handle for s in generation.sequences if s.end is None]
+        for handle in handles:
+            self._sequences.pop(handle, None)
+        if handles:
+            self._router.send(encode(AbortRequest(handles)))
+
+    def abort(self, rid: str) -> bool:
+        """Ends a request with reason "abort"; False if there is none of that id."""
+        generation = self._generations.get(rid)
+        if generation is None:
+            return False
+        handles = [s.handle for s in generation.sequences if s.end is None]
+        if handles:
+            self._router.send(encode(AbortRequest(handles)))
+        return True
+
+    def abort_all(self) -> None:
+        self._router.send(encode(AbortRequest([])))
+
+    async def stats(self) -> Stats:
+        return await self._ask(GetStats(), self._stats)
+
+    async def flush_cache(self) -> bool:
+        """False: requests are running."""
+        return (await self._ask(FlushCache(), self._flushes)).ok
+
+    async def _ask(self, question: object, replies: deque[asyncio.Future[T]]) -> T:
+        """The router answers in order."""
+        reply: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        replies.append(reply)
+        self._router.send(encode(question))
+        return await reply
+
+    def _next_handle(self) -> int:
+        return next(self._handles) & 0x7FFFFFFF
+
+    def _receive(self, frame: bytes) -> None:
+        message = self._decode(frame)
+        match message:
+            case TextBatch():
+                sequences = self._sequences
+                for delta in message.deltas:
+                    sequence = sequences.get(delta.handle)
+                    if sequence is None:
+                        continue  # its reader has gone
+                    if delta.end is not None:
+                        del sequences[delta.handle]
+                    sequence.generation.push(sequence, delta)
+            case Stats():
+                _answer(self._stats, message)
+            case FlushCacheReply():
+                _answer(self._flushes, message)
+            case EngineReady():
+                self._limits = Limits(
+                    self._vocab_size, message.context_len, message.max_total_tokens
+                )
+                self._engine.set_result(message)
+
+    def close(self) -> None:
+        self._inbox.close()
+        self._context.destroy(linger=0)
+
+
+def _answer(replies: deque[asyncio.Future[T]], reply: T) -> None:
+    future = replies.popleft()
+    if not future.done():  # its reader may have gone
+        future.set_result(reply)
