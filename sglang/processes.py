@@ -76,13 +76,17 @@ class Supervisor:
         self._processes: list[subprocess.Popen] = []
         self._stopping = threading.Event()
         self._started = threading.Event()
+        self._start_error: Exception | None = None
         # Children are started on this thread too: Linux kills them when the *thread* that started
         # them ends (PR_SET_PDEATHSIG), and a caller's thread may well end before the engine.
         self._thread = threading.Thread(target=self._run, name="supervisor", daemon=True)
 
     def start(self) -> None:
+        """Returns when all children run; raises what kept one from being started."""
         self._thread.start()
         self._started.wait()
+        if self._start_error is not None:
+            raise self._start_error
 
     def pids(self) -> dict[str, int]:
         named = zip(self._children, self._processes, strict=False)
@@ -118,6 +122,10 @@ class Supervisor:
                     process, report = self._spawn(child)
                     self._processes.append(process)
                     selector.register(report, selectors.EVENT_READ, (child, process))
+            except Exception as error:
+                self._start_error = error
+                self.kill()
+                return
             finally:
                 self._started.set()
             while selector.get_map():

@@ -11,6 +11,11 @@ from starlette.types import Receive, Scope, Send
 from sglang.server.tokenizer_manager import Generation, GenerationClosed, Sequence
 
 DONE = b"data: [DONE]\n\n"
+_STREAM_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+]
+_JSON_HEADERS = [(b"content-type", b"application/json")]
 _CLIENT_CLOSED_REQUEST = 499
 
 
@@ -42,17 +47,9 @@ class GenerationResponse(Response):
     """
 
     def __init__(self, generation: Generation, writer: Writer, stream: bool) -> None:
-        self.status_code = 200
-        self.background = None
+        super().__init__()
+        self.raw_headers = _STREAM_HEADERS if stream else _JSON_HEADERS
         self._generation, self._writer, self._stream = generation, writer, stream
-        self.body = b""
-        self.init_headers(
-            {"cache-control": "no-cache", "content-type": "text/event-stream; charset=utf-8"}
-            if stream
-            else {"content-type": "application/json"}
-        )
-        if not stream:  # not known yet; `init_headers` takes it from the body
-            self.raw_headers = [h for h in self.raw_headers if h[0] != b"content-length"]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         watcher = asyncio.create_task(self._watch(receive))
