@@ -282,6 +282,8 @@ def _rope(values: dict[str, Any]) -> tuple[float, dict[str, Any] | None]:
         )
     if (rotated := rope.pop("partial_rotary_factor", None) or 1.0) != 1.0:
         raise ValueError(f"partial_rotary_factor {rotated} is not supported; supported: 1.0")
+    if kind == "yarn":
+        rope.setdefault("original_max_position_embeddings", values["max_position_embeddings"])
     return theta, rope if kind != "default" else None
 
 

@@ -40,7 +40,7 @@ def build_model(
     check_architecture(config.architecture)
     module, name = ARCHITECTURES[config.architecture].split(":")
     model_class = getattr(importlib.import_module(module), name)
-    with torch.inference_mode():
+    with torch.no_grad():
         model = model_class(config, tp, device)
         model.load(checkpoint)
     checkpoint.assert_all_used()

@@ -1,0 +1,120 @@
+"""What a way to store and multiply weights must say about itself.
+
+A method declares the tensors that a checkpoint holds for a linear layer, with the dimensions that
+run along its outputs and its inputs. Fusing layers (q, k, v) and sharding them over tensor-parallel
+ranks follow from that: neither knows any method, and no method knows them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from sglang.layers.linear import Linear, Part
+    from sglang.models.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of a linear layer, as the checkpoint holds it: whole, unfused, maybe packed."""
+
+    suffix: str
+    """Its name after the layer's: "weight", "qweight", "scales"."""
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    output_dim: int | None = None
+    """The dimension along which output features run, in whatever units; None: it has none."""
+    input_dim: int | None = None
+
+
+class LinearMethod(ABC):
+    """How one kind of linear layer keeps its weights. Has no state: that is the layer's."""
+
+    @abstractmethod
+    def tensors(
+        self, in_features: int, out_features: int, dtype: torch.dtype
+    ) -> list[StoredTensor]:
+        """Of an unsharded layer; dtype is the activations'."""
+
+    @abstractmethod
+    def apply(
+        self, layer: Linear, x: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:  # fmt: skip
+        """x [T, in_features of this rank] -> x W^T + bias, [T, out_features of this rank]."""
+
+    def finish(self, layer: Linear) -> None:  # noqa: B027
+        """After loading: repack the layer's parameters into what `apply` wants."""
+
+    def load(self, layer: Linear, checkpoint: Checkpoint) -> None:
+        """Read this rank's share of every declared tensor into a parameter of the layer.
+
+        A fused layer's parts stand one after the other along the output dimension; tensors without
+        one (a scale of the whole part) are stacked along a new first dimension.
+        """
+        declared = [
+            self.tensors(layer.in_features, part.out_features, layer.dtype) for part in layer.parts
+        ]
+        for stored in zip(*declared, strict=True):
+            fused = _load_fused(layer, list(stored), checkpoint)
+            layer.register_parameter(stored[0].suffix, nn.Parameter(fused, requires_grad=False))
+
+
+class Quantization(ABC):
+    """A checkpoint's way to store weights: which layers use which method."""
+
+    @abstractmethod
+    def linear(self, name: str) -> LinearMethod:
+        """The method of the layer with this name, such as model.layers.0.mlp.down_proj (of a fused
+        layer: its first part). Raises ValueError if it is one that cannot be served."""
+
+
+def _load_fused(
+    layer: Linear, stored: list[StoredTensor], checkpoint: Checkpoint
+) -> torch.Tensor:  # fmt: skip
+    shapes = [_shard_shape(layer, part, s) for part, s in zip(layer.parts, stored, strict=True)]
+    dim, dtype = stored[0].output_dim, stored[0].dtype
+    if dim is None:
+        fused = torch.zeros((len(stored), *shapes[0]), dtype=dtype, device=layer.device)
+        views = list(fused.unbind())
+    else:
+        sizes = [shape[dim] for shape in shapes]
+        shape = (*shapes[0][:dim], sum(sizes), *shapes[0][dim + 1 :])
+        fused = torch.empty(shape, dtype=dtype, device=layer.device)
+        views = list(fused.split(sizes, dim))
+    for part, s, view in zip(layer.parts, stored, views, strict=True):
+        name = f"{part.name}.{s.suffix}"
+        if s.output_dim is not None and part.shard.size > 1:
+            view = _without_padding(view, s.shape[s.output_dim], s.output_dim, part)
+            checkpoint.load(view, name, s.output_dim, part.shard)
+        elif s.input_dim is not None and layer.input_shard.size > 1:
+            checkpoint.load(view, name, s.input_dim, layer.input_shard)
+        else:
+            checkpoint.load(view, name)
+    return fused
+
+
+def _shard_shape(layer: Linear, part: Part, stored: StoredTensor) -> tuple[int, ...]:
+    shape = list(stored.shape)
+    for dim, shard in ((stored.output_dim, part.shard), (stored.input_dim, layer.input_shard)):
+        if dim is None:
+            continue
+        if shape[dim] % shard.size and not part.padded:
+            raise ValueError(
+                f"{part.name}.{stored.suffix} {list(stored.shape)} cannot be split into "
+                f"{shard.size} along dimension {dim}: choose another --tp-size"
+            )
+        shape[dim] = shard.length(shape[dim])
+    return tuple(shape)
+
+
+def _without_padding(view: torch.Tensor, whole: int, dim: int, part: Part) -> torch.Tensor:
+    """The last ranks of a padded layer have less than a full share: the rest is zero."""
+    start, stop = part.shard.bounds(whole)
+    if stop - start < view.shape[dim]:
+        view.zero_()
+    return view.narrow(dim, 0, stop - start)
