@@ -247,10 +247,20 @@ class StreamEnd(Message):
     completion_tokens: int
     cached_tokens: int
 
+    def finish_reason(self) -> dict[str, int | str | None]:
+        """In SGLang's shape."""
+        match self.reason:
+            case "stop":
+                return {"type": "stop", "matched": self.matched}
+            case "length":
+                return {"type": "length", "length": self.completion_tokens}
+            case "abort":
+                return {"type": "abort", "message": "aborted"}
+
 
 class StreamDelta(Message):
-    """News of one request. A prefix of what it will say: the text never holds half a character nor
-    the beginning of what may turn out to be a stop string; joined, the deltas are the whole text."""
+    """News of one request: the text never holds half a character nor the beginning of what may turn
+    out to be a stop string; joined, the deltas are the whole text."""
 
     handle: int
     text: str

@@ -62,6 +62,11 @@ class Death:
     plain: bool = True
     """The message says it all, if this happened while the engine started."""
 
+    def print_traceback(self, is_ready: bool, log_level: str) -> None:
+        """On stderr, where it helps. is_ready: the engine had started."""
+        if self.traceback and (is_ready or not self.plain or log_level == "debug"):
+            print(self.traceback, file=sys.stderr)
+
 
 class Supervisor:
     """Starts the children and calls `on_death`, on its own thread, when the first of them ends

@@ -82,8 +82,7 @@ class Engine:
         """On the supervisor's thread. The other processes have been killed, so there is nothing to
         wait for, and a reply that was under way cannot be completed."""
         self.processes.stop()
-        if death.traceback and (self.is_ready or not death.plain or self.args.log_level == "debug"):
-            print(death.traceback, file=sys.stderr)
+        death.print_traceback(self.is_ready, self.args.log_level)
         print(f"error: {death.message}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(1)

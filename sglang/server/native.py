@@ -67,7 +67,7 @@ class NativeWriter:
         end = sequence.end
         meta = {
             "id": self._generation.rid,
-            "finish_reason": finish_reason(sequence),
+            "finish_reason": end.finish_reason() if end else None,
             "prompt_tokens": sequence.prompt_tokens,
             "completion_tokens": len(sequence.ids) // 4,
             "cached_tokens": sequence.cached_tokens,
@@ -92,17 +92,6 @@ class NativeWriter:
     def whole(self) -> bytes:
         replies = [self._reply(sequence) for sequence in self._generation.sequences]
         return dumps(replies[0] if self._is_single else replies)
-
-
-def finish_reason(sequence: Sequence) -> dict[str, Any] | None:
-    end = sequence.end
-    if end is None:
-        return None
-    if end.reason == "stop":
-        return {"type": "stop", "matched": end.matched}
-    if end.reason == "length":
-        return {"type": "length", "length": end.completion_tokens}
-    return {"type": "abort", "message": "aborted"}
 
 
 def _prompts(body: GenerateBody) -> tuple[str, list[Prompt], bool]:

@@ -1,0 +1,255 @@
+"""Offline inference, on the same router and model workers as the server."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import weakref
+from typing import Any, TypeVar
+
+import zmq
+from tqdm import tqdm
+
+from sglang.addresses import bind_inbox, connect_outbox
+from sglang.messages import (
+    AbortRequest,
+    Decoder,
+    EngineReady,
+    FlushCache,
+    FlushCacheReply,
+    GenerateRequest,
+    GetStats,
+    Message,
+    Stats,
+    StreamDelta,
+    StreamEnd,
+    TokenBatch,
+    ToTokenizerManager,
+    encode,
+    unpack,
+)
+from sglang.model_config import ModelConfig
+from sglang.processes import Death, EngineProcesses
+from sglang.sampling_params import SamplingParams
+from sglang.server.detokenizer import Detokenizer
+from sglang.server.limits import Limits
+from sglang.server_args import ServerArgs
+
+M = TypeVar("M", bound=Message)
+Prompts = str | list[str] | list[int] | list[list[int]]
+Sampling = SamplingParams | dict[str, Any] | None
+_POLL_MS = 100
+"""How soon a dead process is noticed."""
+
+
+class LLM:
+    """A model, loaded.
+
+    >>> with LLM(model_path="...") as llm:
+    ...     llm.generate(["Once upon a time"], {"temperature": 0, "max_new_tokens": 32})
+
+    Other arguments are those of ServerArgs, the launch flags. Raises ValueError where an argument
+    or the model is wrong, RuntimeError where the engine fails. `generate` may be called from
+    several threads; the calls take turns.
+    """
+
+    def __init__(self, model_path: str = "", **server_args: Any) -> None:
+        server_args.setdefault("log_level", "warning")
+        args = ServerArgs(model_path=model_path, **server_args)
+        self.model = ModelConfig.load(args)
+        self._failure = _Failure(args.log_level)
+        processes = EngineProcesses(args, self.model, self._failure, detokenizer=False)
+        context = zmq.Context()
+        self._stop = weakref.finalize(self, _stop, processes, context)
+        try:
+            addresses = processes.addresses
+            self._router = connect_outbox(context, addresses.router)
+            self._tokens = bind_inbox(context, addresses.detokenizer)
+            self._answers = bind_inbox(context, addresses.tokenizer_manager)
+            self._decode_tokens = Decoder(TokenBatch).decode
+            self._decode_answer = Decoder(ToTokenizerManager).decode
+            processes.start()
+            self.tokenizer = None
+            if not args.skip_tokenizer_init:
+                from sglang.tokenizer import Tokenizer
+
+                self.tokenizer = Tokenizer.load(self.model, args)
+            self._detokenizer = Detokenizer(self.tokenizer, lazy=True)
+            self._handles = itertools.count(1)
+            self._lock = threading.Lock()
+            self.engine = self._answer(EngineReady)
+        except BaseException:
+            self._stop()
+            raise
+        self._limits = Limits(
+            self.model.vocab_size, self.engine.context_len, self.engine.max_total_tokens
+        )
+        self._failure.is_ready = True
+
+    def generate(
+        self,
+        prompts: Prompts,
+        sampling_params: Sampling | list[Sampling] = None,
+        use_tqdm: bool = True,
+    ) -> list[dict[str, Any]]:
+        """One reply a prompt, in their order:
+
+            {"text": str, "output_ids": list[int], "meta_info": {"prompt_tokens": int,
+             "completion_tokens": int, "cached_tokens": int, "finish_reason": {"type": ..., ...}}}
+
+        There is no text with skip_tokenizer_init. sampling_params: one for all, or one for each.
+        Raises ValueError naming the prompt and the field at fault, before any prompt is run.
+        """
+        all_ids = self._encode(prompts)
+        params = self._sampling(sampling_params, len(all_ids))
+        requests = []
+        for i, (ids, p) in enumerate(zip(all_ids, params, strict=True)):
+            try:
+                handle = next(self._handles) & 0x7FFFFFFF
+                requests.append(self._limits.request(handle, ids, p))
+            except ValueError as error:
+                raise ValueError(f"prompts[{i}]: {error}") from None
+        with self._lock:
+            return self._run(requests, use_tqdm)
+
+    def _run(self, requests: list[GenerateRequest], use_tqdm: bool) -> list[dict[str, Any]]:
+        replies = {request.handle: _Reply() for request in requests}
+        waiting = len(replies)
+        bar = tqdm(total=waiting, desc="generate", unit="req", disable=not use_tqdm)
+        try:
+            for request in requests:
+                self._router.send(encode(request))
+            while waiting:
+                ended = 0
+                for delta in self._deltas():
+                    reply = replies.get(delta.handle)
+                    if reply is not None:  # else of a call that was interrupted
+                        reply.add(delta)
+                        ended += delta.end is not None
+                if ended:
+                    waiting -= ended
+                    bar.update(ended)
+        except BaseException:
+            self._router.send(encode(AbortRequest(list(replies))))
+            raise
+        finally:
+            bar.close()
+        return [reply.result(self.tokenizer is not None) for reply in replies.values()]
+
+    def flush_cache(self) -> None:
+        """Forgets every cached prefix."""
+        with self._lock:
+            self._router.send(encode(FlushCache()))
+            self._answer(FlushCacheReply)
+
+    def stats(self) -> Stats:
+        with self._lock:
+            self._router.send(encode(GetStats()))
+            return self._answer(Stats)
+
+    def shutdown(self) -> None:
+        """Ends the processes. So does the end of the script, or of the last reference to this."""
+        self._stop()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.shutdown()
+
+    # --- requests ----------------------------------------------------------------------------
+
+    def _encode(self, prompts: Prompts) -> list[list[int]]:
+        batch: list[Any] = [prompts] if isinstance(prompts, str) else list(prompts)
+        if batch and all(isinstance(prompt, int) for prompt in batch):
+            batch = [batch]
+        if self.tokenizer is None and any(isinstance(prompt, str) for prompt in batch):
+            raise ValueError("prompts must be token ids: there is no tokenizer")
+        return [
+            self.tokenizer.encode(prompt) if self.tokenizer and isinstance(prompt, str) else prompt
+            for prompt in batch
+        ]
+
+    def _sampling(self, given: Sampling | list[Sampling], count: int) -> list[SamplingParams]:
+        if not isinstance(given, list):
+            return [self._one_sampling(given)] * count
+        if len(given) != count:
+            raise ValueError(f"sampling_params has {len(given)} entries for {count} prompts")
+        return [self._one_sampling(one) for one in given]
+
+    def _one_sampling(self, given: Sampling) -> SamplingParams:
+        if not isinstance(given, SamplingParams):
+            given = SamplingParams.from_dict(given or {}, self.model.default_sampling)
+        if given.stop and self.tokenizer is None:
+            raise ValueError("stop needs a tokenizer; see stop_token_ids")
+        return given
+
+    # --- replies -----------------------------------------------------------------------------
+
+    def _deltas(self) -> list[StreamDelta]:
+        """What one step brought. With no reader of single tokens, mostly the ends of requests."""
+        batch = self._decode_tokens(self._receive(self._tokens))
+        deltas, stopped = self._detokenizer.step(batch)
+        if stopped:
+            self._router.send(encode(AbortRequest(stopped, silent=True)))
+        return deltas
+
+    def _answer(self, kind: type[M]) -> M:
+        answer = self._decode_answer(self._receive(self._answers))
+        assert isinstance(answer, kind)
+        return answer
+
+    def _receive(self, socket: zmq.Socket) -> bytes:
+        if not self._stop.alive:
+            raise RuntimeError("this LLM has been shut down")
+        while not socket.poll(_POLL_MS):
+            self._failure.check()
+        return socket.recv()
+
+
+class _Reply:
+    """One sequence's deltas."""
+
+    def __init__(self) -> None:
+        self.text = ""
+        self.ids = b""
+        self.end: StreamEnd | None = None
+
+    def add(self, delta: StreamDelta) -> None:
+        self.text += delta.text
+        self.ids += delta.token_ids
+        self.end = delta.end
+
+    def result(self, has_text: bool) -> dict[str, Any]:
+        end = self.end
+        assert end is not None
+        meta = {
+            "prompt_tokens": end.prompt_tokens,
+            "completion_tokens": end.completion_tokens,
+            "cached_tokens": end.cached_tokens,
+            "finish_reason": end.finish_reason(),
+        }
+        text = {"text": self.text} if has_text else {}
+        return {**text, "output_ids": unpack(self.ids).tolist(), "meta_info": meta}
+
+
+class _Failure:
+    """Called, on the supervisor's thread, when a process has died."""
+
+    def __init__(self, log_level: str) -> None:
+        self.is_ready = False
+        self._log_level = log_level
+        self._death: Death | None = None
+
+    def __call__(self, death: Death) -> None:
+        death.print_traceback(self.is_ready, self._log_level)
+        self._death = death
+
+    def check(self) -> None:
+        if self._death is not None:
+            raise RuntimeError(self._death.message)
+
+
+def _stop(processes: EngineProcesses, context: zmq.Context) -> None:
+    processes.stop()
+    context.destroy(linger=0)
