@@ -60,7 +60,6 @@ class ModelRunner:
     """`launch` never waits for the device: it enqueues a step, behind those before it, and returns
     what will hold its tokens."""
 
-    @torch.inference_mode()
     def __init__(self, args: ServerArgs, config: ModelConfig, tp: TensorParallel) -> None:
         self.device = torch.device(config.device, tp.rank if config.device == "cuda" else None)
         limits = Limits.of(args, self.device)
@@ -142,6 +141,7 @@ class ModelRunner:
         self.rows.last_token.index_copy_(0, rows.long(), tokens)
         return tokens, logprobs
 
+    @torch.inference_mode()
     def _decode(self, inputs: DecodeInputs) -> DecodeOutputs:
         """A decode step by what is on the device alone, for a graph."""
         rows = self.rows
