@@ -93,9 +93,9 @@ def decode_config(
 
 
 @triton.jit
-def _split_size(seen, MAX_SPLITS: tl.constexpr, SPLIT_TOKENS: tl.constexpr, BLOCK_N: tl.constexpr):
+def _split_size(seen, max_splits, split_tokens, BLOCK_N: tl.constexpr):
     """Tokens a split has, a multiple of BLOCK_N, for a row that sees this many."""
-    return tl.maximum(tl.cdiv(seen, MAX_SPLITS * BLOCK_N) * BLOCK_N, SPLIT_TOKENS)
+    return tl.maximum(tl.cdiv(seen, max_splits * BLOCK_N) * BLOCK_N, split_tokens)
 
 
 @triton.jit
@@ -106,13 +106,15 @@ def _decode_kernel(
     table_ptr,
     rows_ptr,
     lens_ptr,
-    partial_ptr,  # float32 [n, HQ, MAX_SPLITS, D], normalised within its split
-    lse_ptr,  # float32 [n, HQ, MAX_SPLITS], log2 of the split's sum of exponentials
+    partial_ptr,  # float32 [n, HQ, max_splits, D], normalised within its split
+    lse_ptr,  # float32 [n, HQ, max_splits], log2 of the split's sum of exponentials
     q_stride,
     k_stride,
     v_stride,
     table_stride,
     scale_log2,
+    max_splits,
+    split_tokens,
     WINDOW: tl.constexpr,
     HQ: tl.constexpr,
     GROUP: tl.constexpr,
@@ -120,8 +122,6 @@ def _decode_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    MAX_SPLITS: tl.constexpr,
-    SPLIT_TOKENS: tl.constexpr,
 ):
     HEAD_BLOCKS: tl.constexpr = (GROUP + BLOCK_H - 1) // BLOCK_H
     kv_head = tl.program_id(0) // HEAD_BLOCKS
@@ -131,7 +131,7 @@ def _decode_kernel(
     first = 0
     if WINDOW > 0:
         first = tl.maximum(kv_len - WINDOW, 0)
-    size = _split_size(kv_len - first, MAX_SPLITS, SPLIT_TOKENS, BLOCK_N)
+    size = _split_size(kv_len - first, max_splits, split_tokens, BLOCK_N)
     start = first + split * size
     end = tl.minimum(start + size, kv_len)
     if start >= end:
@@ -170,7 +170,7 @@ def _decode_kernel(
         acc = acc * shrink[:, None] + tl.dot(weights.to(v.dtype), v)
         most = new_most
 
-    at_split = (i * HQ + head) * MAX_SPLITS + split
+    at_split = (i * HQ + head) * max_splits + split
     partial_at = partial_ptr + at_split[:, None] * D + d[None, :]
     tl.store(partial_at, acc / total[:, None], mask=q_mask)
     tl.store(lse_ptr + at_split, most + tl.log2(total), mask=in_group < GROUP)
@@ -182,20 +182,20 @@ def _merge_kernel(
     lse_ptr,
     lens_ptr,
     out_ptr,  # [n, HQ, D] contiguous
+    split_tokens,
     WINDOW: tl.constexpr,
     HQ: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
-    SPLIT_TOKENS: tl.constexpr,
 ):
     at = tl.program_id(1).to(tl.int64) * HQ + tl.program_id(0)
     kv_len = tl.load(lens_ptr + tl.program_id(1))
     seen = kv_len
     if WINDOW > 0:
         seen = tl.minimum(kv_len, WINDOW)
-    size = _split_size(seen, MAX_SPLITS, SPLIT_TOKENS, BLOCK_N)
+    size = _split_size(seen, MAX_SPLITS, split_tokens, BLOCK_N)
     split = tl.arange(0, MAX_SPLITS)
     d = tl.arange(0, BLOCK_D)
     used = split * size < seen
@@ -238,19 +238,20 @@ def decode_attention_triton(
         "D": dim,
         "BLOCK_D": triton.next_power_of_2(dim),
         "BLOCK_N": config.block_n,
-        "MAX_SPLITS": config.max_splits,
-        "SPLIT_TOKENS": config.split_tokens,
     }
     # Heads first: programs side by side then read neighbouring parts of the same slots.
     _decode_kernel[(num_kv_heads * triton.cdiv(group, 16), num_rows, config.max_splits)](
         q, k_cache, v_cache, slot_table, rows, kv_lens, partial, lse,
         q.stride(0), k_cache.stride(0), v_cache.stride(0), slot_table.stride(0),
-        scale * math.log2(math.e),
+        scale * math.log2(math.e), config.max_splits, config.split_tokens,
         GROUP=group,
         BLOCK_H=16,  # the least that tensor cores take
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         **cut,
     )  # fmt: skip
-    _merge_kernel[(num_q_heads, num_rows)](partial, lse, kv_lens, out, num_warps=4, **cut)
+    _merge_kernel[(num_q_heads, num_rows)](
+        partial, lse, kv_lens, out, config.split_tokens,
+        MAX_SPLITS=config.max_splits, num_warps=4, **cut,
+    )  # fmt: skip
     return out
