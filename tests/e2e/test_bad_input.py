@@ -1,0 +1,203 @@
+"""What is wrong with a request is said in OpenAI's shape, naming the field; the server goes on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import requests
+
+from tests.e2e.serving import Server
+
+COMPLETIONS, CHAT, GENERATE = "/v1/completions", "/v1/chat/completions", "/generate"
+HI = [{"role": "user", "content": "hi"}]
+MANY = 10**9
+
+
+def c(**fields: Any) -> tuple[str, dict]:
+    return COMPLETIONS, {"prompt": "hi", **fields}
+
+
+def chat(**fields: Any) -> tuple[str, dict]:
+    return CHAT, {"messages": HI, **fields}
+
+
+def g(**params: Any) -> tuple[str, dict]:
+    return GENERATE, {"text": "hi", "sampling_params": params}
+
+
+# (path, body), the field that the error names, a part of its message
+TABLE = [
+    (c(max_tokens=-1), "max_tokens", "must be >= 0"),
+    (c(max_tokens="ten"), "max_tokens", "integer"),
+    (c(max_tokens=1.5), "max_tokens", "integer"),
+    (c(max_tokens=True), "max_tokens", "integer"),
+    (c(max_tokens=MANY), "max_tokens", "8192"),
+    (c(max_tokens=10**30), "max_tokens", "8192"),
+    (c(temperature=-0.1), "temperature", ">= 0"),
+    (c(temperature="hot"), "temperature", "number"),
+    (c(temperature=None, top_p=0), "top_p", "(0, 1]"),
+    (c(top_p=1.01), "top_p", "(0, 1]"),
+    (c(top_k=-2), "top_k", ">= 0"),
+    (c(min_p=2), "min_p", "[0, 1]"),
+    (c(frequency_penalty=3), "frequency_penalty", "[-2, 2]"),
+    (c(presence_penalty=-3), "presence_penalty", "[-2, 2]"),
+    (c(repetition_penalty=0), "repetition_penalty", "(0, 2]"),
+    (c(n=0), "n", "greater than or equal to 1"),
+    (c(n=MANY), "n", "128"),
+    (c(n="2"), "n", "integer"),
+    (c(seed=2**70), "seed", "64-bit"),
+    (c(stop=5), "stop", "string"),
+    (c(stop=["a", 5]), "stop", "string"),
+    (c(stop=["a", ""]), "stop", "empty"),
+    (c(stop=[str(i) for i in range(17)]), "stop", "16"),
+    (c(stop_token_ids=[49152]), "stop_token_ids", "[0, 49152)"),
+    (c(stop_token_ids=["a"]), "stop_token_ids", "integer"),
+    (c(logit_bias={"x": 1}), "logit_bias", "token ids"),
+    (c(logit_bias={"5": 101}), "logit_bias", "[-100, 100]"),
+    (c(logit_bias={"99999": 1}), "logit_bias", "[0, 49152)"),
+    (c(logit_bias=[1]), "logit_bias", "dictionary"),
+    (c(min_tokens=5, max_tokens=4), "min_tokens", "<= max_tokens (4)"),
+    (c(min_tokens=-1), "min_tokens", ">= 0"),
+    (c(stream="yes"), "stream", "boolean"),
+    (c(stream_options={"include_usage": True}), "stream_options", "stream"),
+    (c(stream=True, stream_options={"include_usage": 1}), "stream_options", "boolean"),
+    (c(ignore_eos=1), "ignore_eos", "boolean"),
+    (c(model=5), "model", "string"),
+    (c(logprobs=3), "logprobs", "not supported"),
+    (c(suffix="x"), "suffix", "not supported"),
+    (c(best_of=3), "best_of", "not supported"),
+    (c(regex="a+"), "regex", "not supported"),
+    ((COMPLETIONS, {}), "prompt", "required"),
+    ((COMPLETIONS, {"prompt": None}), "prompt", "must be a string"),
+    ((COMPLETIONS, {"prompt": 5}), "prompt", "must be a string"),
+    ((COMPLETIONS, {"prompt": ""}), "prompt", "empty"),
+    ((COMPLETIONS, {"prompt": []}), "prompt", "empty"),
+    ((COMPLETIONS, {"prompt": [[]]}), "prompt", "empty"),
+    ((COMPLETIONS, {"prompt": ["a", ""]}), "prompt", "empty"),
+    ((COMPLETIONS, {"prompt": ["a", 5]}), "prompt", "must be a string"),
+    ((COMPLETIONS, {"prompt": [1.5]}), "prompt", "must be a string"),
+    ((COMPLETIONS, {"prompt": [True]}), "prompt", "must be a string"),
+    ((COMPLETIONS, {"prompt": [49152]}), "prompt", "[0, 49152), got 49152"),
+    ((COMPLETIONS, {"prompt": [-1]}), "prompt", "[0, 49152), got -1"),
+    ((COMPLETIONS, {"prompt": [2**80]}), "prompt", "[0, 49152)"),
+    ((COMPLETIONS, {"prompt": "\ud800"}), "prompt", "Unicode"),
+    ((COMPLETIONS, {"prompt": [5] * 8193}), "prompt", "8192"),
+    ((COMPLETIONS, {"prompt": "word " * 9000}), "prompt", "8192"),
+    ((COMPLETIONS, {"prompt": [5] * 8190, "max_tokens": 3}), "max_tokens", "8192"),
+    ((COMPLETIONS, {"prompt": ["hi"] * 1000, "n": 2}), "n", "1024"),
+    ((CHAT, {}), "messages", "required"),
+    ((CHAT, {"messages": []}), "messages", "at least 1"),
+    ((CHAT, {"messages": "hi"}), "messages", "list"),
+    ((CHAT, {"messages": ["hi"]}), "messages", "messages[0]"),
+    ((CHAT, {"messages": [{"content": "hi"}]}), "messages", "role"),
+    ((CHAT, {"messages": [{"role": "wizard", "content": "hi"}]}), "messages", "'system'"),
+    ((CHAT, {"messages": [{"role": "user"}]}), "messages", "null"),
+    ((CHAT, {"messages": [{"role": "user", "content": 5}]}), "messages", "string"),
+    ((CHAT, {"messages": [{"role": "user", "content": "\ud800"}]}), "messages", "nicode"),
+    (
+        (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}),
+        "messages",
+        "other than text",
+    ),
+    ((CHAT, {"messages": [{"role": "user", "content": "word " * 9000}]}), "messages", "8192"),
+    (chat(max_tokens=-5), "max_tokens", ">= 0"),
+    (chat(max_completion_tokens=-5), "max_completion_tokens", ">= 0"),
+    (chat(max_completion_tokens=MANY), "max_completion_tokens", "8192"),
+    (chat(tools=[{"type": "function", "function": {"name": "f"}}]), "tools", "not supported"),
+    (chat(tool_choice="required"), "tool_choice", "not supported"),
+    (chat(response_format={"type": "json_object"}), "response_format", "not supported"),
+    (chat(logprobs=True), "logprobs", "not supported"),
+    (chat(top_logprobs=3), "top_logprobs", "not supported"),
+    (chat(continue_final_message=True), "continue_final_message", "assistant"),
+    (chat(modalities=["audio"]), "modalities", "not supported"),
+    ((GENERATE, {}), "text", "either text or input_ids"),
+    ((GENERATE, {"text": "a", "input_ids": [1]}), "text", "either text or input_ids"),
+    ((GENERATE, {"text": [1, 2]}), "text", "strings"),
+    ((GENERATE, {"text": 5}), "text", "string"),
+    ((GENERATE, {"input_ids": "a"}), "input_ids", "token ids"),
+    ((GENERATE, {"input_ids": []}), "input_ids", "empty"),
+    ((GENERATE, {"input_ids": [49152]}), "input_ids", "[0, 49152)"),
+    ((GENERATE, {"text": "a", "sampling_params": 5}), "sampling_params", "dictionary"),
+    ((GENERATE, {"text": "a", "sampling_params": [{}, {}]}), "sampling_params", "1 prompts"),
+    ((GENERATE, {"text": "a", "return_logprob": True}), "return_logprob", "not supported"),
+    (g(max_new_tokens=-1), "max_new_tokens", ">= 0"),
+    (g(max_new_tokens="x"), "max_new_tokens", "int"),
+    (g(temprature=1), "temprature", "not a sampling parameter"),
+    (g(stop=[1]), "stop", "str"),
+    (g(n=0), "n", "integer"),
+    (g(n="2"), "n", "integer"),
+    (g(json_schema="{}"), "json_schema", "not supported"),
+    (("/abort_request", {}), "rid", "must be given"),
+]
+
+
+def check_error(response: requests.Response, status: int, param: str | None, part: str) -> None:
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/json"
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["type"] == "invalid_request_error"
+    assert error["param"] == param, error
+    assert part in error["message"], error
+    assert "\n" not in error["message"]
+    if param:
+        assert param in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("request_", "param", "part"),
+    TABLE,
+    ids=[f"{r[0]}-{p}-{i}" for i, (r, p, _) in enumerate(TABLE)],
+)
+def test_bad_input_is_refused_with_the_field_and_its_limits(server: Server, request_, param, part):
+    path, body = request_
+    check_error(server.post(path, body), 400, param, part)
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT, GENERATE])
+@pytest.mark.parametrize(
+    ("body", "part"),
+    [
+        (b"{not json", "not valid JSON"),
+        (b"", "JSON"),
+        (b"[]", "JSON object"),
+        (b'"text"', "JSON object"),
+        (b"[" * 100_000, ""),
+        (b"\xff\xfe", ""),
+    ],
+)
+def test_a_body_that_is_no_json_object_is_refused(server: Server, path, body, part):
+    headers = {"Content-Type": "application/json"}
+    response = requests.post(server.url + path, data=body, headers=headers, timeout=10)
+    check_error(response, 400, None, part)
+
+
+def test_a_body_of_another_type_is_refused(server: Server):
+    response = requests.post(server.url + COMPLETIONS, data={"prompt": "hi"}, timeout=10)
+    check_error(response, 400, None, "application/json")
+
+
+def test_unknown_routes_methods_and_models_are_errors_of_the_same_shape(server: Server):
+    check_error(server.get("/v1/nothing"), 404, None, "/v1/nothing")
+    check_error(server.get(COMPLETIONS), 405, None, "GET")
+    check_error(server.post(COMPLETIONS, {"prompt": "a", "model": "gpt-9"}), 404, "model", "gpt-9")
+    check_error(server.post(CHAT, {"messages": HI, "model": "gpt-9"}), 404, "model", "gpt-9")
+
+
+def test_nan_is_no_number(server: Server):
+    headers = {"Content-Type": "application/json"}
+    body = b'{"prompt": "a", "temperature": NaN}'
+    response = requests.post(server.url + COMPLETIONS, data=body, headers=headers, timeout=10)
+    check_error(response, 400, "temperature", "finite")
+
+
+def test_unknown_fields_are_ignored_as_openai_clients_expect(server: Server):
+    body = {"prompt": "a", "max_tokens": 1, "user": "me", "metadata": {}, "shiny_new": [1]}
+    assert server.post(COMPLETIONS, body).status_code == 200
+
+
+def test_after_all_that_the_server_goes_on(server: Server):
+    assert server.get("/health").status_code == 200
+    assert server.get("/health_generate").status_code == 200
+    assert server.wait_idle(1.0)
