@@ -1,0 +1,25 @@
+"""What the kernel tests share: the device, and how many and how large the random cases are."""
+
+import torch
+
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if GPU else "cpu")
+# The interpreter does bfloat16 arithmetic wrongly, and float32 is where it is quick.
+DTYPES = [torch.float16, torch.bfloat16] if GPU else [torch.float32, torch.float16]
+
+
+def seeds(on_interpreter: int, on_gpu: int) -> range:
+    return range(on_gpu if GPU else on_interpreter)
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    tolerance = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[actual.dtype]
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+def randn(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float32, device=DEVICE).to(dtype)
+
+
+def int32(values: object) -> torch.Tensor:
+    return torch.as_tensor(values, dtype=torch.int32, device=DEVICE)

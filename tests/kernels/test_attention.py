@@ -1,0 +1,137 @@
+"""Decode and extend attention against their naive twins, over random shapes."""
+
+import random
+
+import pytest
+import torch
+
+from sglang.kernels.decode_attention import (
+    DecodeConfig,
+    decode_attention,
+    decode_attention_naive,
+    decode_attention_triton,
+)
+from sglang.kernels.extend_attention import (
+    ExtendConfig,
+    extend_attention_naive,
+    extend_attention_triton,
+    extend_config,
+)
+
+from .common import DEVICE, DTYPES, GPU, assert_close, int32, randn, seeds
+
+HEAD_DIMS = [64, 80, 128, 256]
+
+
+class Cache:
+    """n rows of at most max_len tokens, whose slots are scattered over the cache."""
+
+    def __init__(self, rows: int, max_len: int, kv_heads: int, dim: int, dtype: torch.dtype):
+        self.k, self.v = randn(2, rows * max_len, kv_heads, dim, dtype=dtype)
+        self.table = torch.randperm(rows * max_len, device=DEVICE).int().view(rows, max_len)
+        self.rows = torch.randperm(rows, device=DEVICE).int()
+
+    def args(self) -> tuple[torch.Tensor, ...]:
+        return self.k, self.v, self.table, self.rows
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("seed", seeds(24, 120))
+def test_decode_agrees_with_its_twin(seed: int, dtype: torch.dtype) -> None:
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    n = rng.choice([1, 5, 33] if GPU else [1, 3])
+    max_len = rng.choice([300, 5000] if GPU else [150, 300])
+    kv_heads, group = rng.choice([1, 2]), rng.choice([1, 2, 3, 5, 8, 20])
+    dim, window = rng.choice(HEAD_DIMS), rng.choice([0, 0, 1, 70, 1000])
+    lens = int32([rng.choice([0, 1, 2, 63, 64, 65, rng.randint(1, max_len)]) for _ in range(n)])
+    cache = Cache(n, max_len, kv_heads, dim, dtype)
+    q = randn(n, kv_heads * group, dim, dtype=dtype)
+    splits = rng.choice([1, 2, 8])
+    configs = [DecodeConfig(rng.choice([32, 64]), 4, 2, splits, rng.choice([32, 64, 256]))]
+    if GPU:
+        configs.append(None)
+    expected = decode_attention_naive(q, *cache.args(), lens, dim**-0.5, window)
+    for config in configs:
+        out = decode_attention_triton(q, *cache.args(), lens, dim**-0.5, window, config)
+        assert_close(out, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("seed", seeds(24, 120))
+def test_extend_agrees_with_its_twin(seed: int, dtype: torch.dtype) -> None:
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    n = rng.choice([1, 2, 9] if GPU else [1, 2])
+    longest, longest_prefix = (700, 3000) if GPU else (70, 90)
+    kv_heads, group = rng.choice([1, 2]), rng.choice([1, 2, 3, 8])
+    dim, window = rng.choice(HEAD_DIMS), rng.choice([0, 0, 1, 40, 1000])
+    news = [rng.choice([1, 2, 16, 33, rng.randint(1, longest)]) for _ in range(n)]
+    prefixes = [rng.choice([0, 0, 1, 64, rng.randint(1, longest_prefix)]) for _ in range(n)]
+    lens = int32([new + prefix for new, prefix in zip(news, prefixes, strict=True)])
+    cache = Cache(n, longest + longest_prefix, kv_heads, dim, dtype)
+    q = randn(sum(news), kv_heads * group, dim, dtype=dtype)
+    starts = torch.nn.functional.pad(int32(news).cumsum(0), (1, 0)).int()
+    args = (q, *cache.args(), starts, lens, dim**-0.5, window, max(news))
+    configs = [ExtendConfig(rng.choice([16, 32, 64]), 32, 4, 2, pack=rng.random() < 0.5)]
+    if GPU:
+        configs.append(None)
+    expected = extend_attention_naive(*args)
+    for config in configs:
+        assert_close(extend_attention_triton(*args, config), expected)
+
+
+@pytest.mark.parametrize("dim", HEAD_DIMS)
+@pytest.mark.parametrize("max_q_len", [1, 16, 100, 128, 2000])
+def test_chosen_extend_tiles_are_ones_that_tensor_cores_take(max_q_len: int, dim: int) -> None:
+    for group in (1, 2, 7, 8):
+        config = extend_config(max_q_len, group, dim)
+        assert config.block_m in (16, 32, 64, 128)
+        assert config.block_n in (32, 64, 128)
+
+
+def test_padding_rows_give_zeros_and_leave_the_others_alone() -> None:
+    dtype = DTYPES[0]
+    cache = Cache(3, 100, 2, 64, dtype)
+    q = randn(3, 4, 64, dtype=dtype)
+    config = DecodeConfig(32, 4, 2, 4, 32)
+    full = decode_attention_triton(q, *cache.args(), int32([70, 5, 100]), 0.1, 0, config)
+    some = decode_attention_triton(q, *cache.args(), int32([70, 0, 100]), 0.1, 0, config)
+    assert not some[1].any()
+    assert torch.equal(some[[0, 2]], full[[0, 2]])
+
+    starts, lens = int32([0, 1, 2, 3]), int32([70, 0, 100])
+    tile = ExtendConfig(16, 32, 4, 2, pack=False)
+    some = extend_attention_triton(q, *cache.args(), starts, lens, 0.1, 0, 1, tile)
+    assert not some[1].any()
+    assert_close(some, extend_attention_naive(q, *cache.args(), starts, lens, 0.1, 0, 1))
+
+
+def test_what_lies_past_the_end_of_a_row_is_never_read() -> None:
+    dtype = DTYPES[0]
+    cache = Cache(1, 100, 1, 64, dtype)
+    unused = cache.table[0, 41:].long()
+    cache.k[unused] = cache.v[unused] = float("nan")
+    q = randn(1, 2, 64, dtype=dtype)
+    args = (*cache.args(), int32([41]), 0.1, 0)
+    out = decode_attention_triton(q, *args, DecodeConfig(32, 4, 2, 4, 32))
+    assert_close(out, decode_attention_naive(q, *args))
+    starts, lens = int32([0, 1]), int32([41])
+    tile = ExtendConfig(16, 32, 4, 2, pack=True)
+    extended = extend_attention_triton(q, *cache.args(), starts, lens, 0.1, 0, 1, tile)
+    assert_close(extended, out)
+
+
+@pytest.mark.skipif(not GPU, reason="CUDA graphs need a GPU")
+def test_a_captured_decode_follows_what_changes_on_the_device() -> None:
+    cache = Cache(4, 3000, 2, 128, torch.bfloat16)
+    q, lens = randn(4, 8, 128, dtype=torch.bfloat16), int32([1, 1, 0, 1])
+    args = (q, *cache.args(), lens, 0.1, 0)
+    decode_attention(*args)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = decode_attention(*args)
+    for new_lens in ([3000, 17, 5, 0], [1, 1000, 257, 256]):
+        lens.copy_(int32(new_lens))
+        graph.replay()
+        assert_close(out, decode_attention_naive(*args))

@@ -1,0 +1,80 @@
+"""RMSNorm, SwiGLU's gate, and RoPE with the KV cache write, against their naive twins."""
+
+import random
+
+import pytest
+import torch
+
+from sglang.kernels.activation import silu_and_mul_naive, silu_and_mul_triton
+from sglang.kernels.norm import (
+    add_rms_norm_naive,
+    add_rms_norm_triton,
+    rms_norm_naive,
+    rms_norm_triton,
+)
+from sglang.kernels.rope import rope_and_write_kv_naive, rope_and_write_kv_triton
+
+from .common import DEVICE, DTYPES, GPU, assert_close, int32, randn, seeds
+
+TOKENS = [0, 1, 3, 300] if GPU else [0, 1, 3]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("hidden", [64, 100, 576, 4096])
+def test_norms_agree_with_torch(tokens: int, hidden: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(hidden)
+    x = randn(tokens, hidden + 8, dtype=dtype)[:, :hidden]  # rows with a gap between them
+    residual, weight = randn(tokens, hidden, dtype=dtype), randn(hidden, dtype=dtype)
+    assert_close(rms_norm_triton(x, weight, 1e-5), rms_norm_naive(x, weight, 1e-5))
+    got = add_rms_norm_triton(x, residual, weight, 1e-5)
+    for actual, expected in zip(got, add_rms_norm_naive(x, residual, weight, 1e-5), strict=True):
+        assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("inner", [8, 100, 1536, 3000])
+def test_silu_and_mul_agrees_with_torch(tokens: int, inner: int, dtype: torch.dtype) -> None:
+    x = randn(tokens, 2 * inner, dtype=dtype) * 3
+    # The twin rounds between its two steps.
+    expected = silu_and_mul_naive(x.float()).to(dtype)
+    assert_close(silu_and_mul_triton(x), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("seed", seeds(20, 60))
+def test_rope_turns_q_and_k_and_writes_only_named_slots(seed: int, dtype: torch.dtype) -> None:
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    tokens = rng.choice([1, 2, 7, 200] if GPU else [1, 2, 7])
+    kv_heads, group, dim = rng.choice([1, 2, 8]), rng.choice([1, 3, 4]), rng.choice([64, 80, 128])
+    normed, num_slots, eps = rng.random() < 0.5, 256, 1e-6
+    qkv = randn(tokens, kv_heads * (group + 2) * dim, dtype=dtype)
+    slots = torch.randperm(num_slots, device=DEVICE)[:tokens].int()
+    slots[torch.rand(tokens, device=DEVICE) < 0.3] = -1
+    positions = torch.randint(0, 50, (tokens,), device=DEVICE).int()
+    angles = torch.rand(50, dim // 2, device=DEVICE) * 6
+    cos_sin = torch.cat((angles.cos(), angles.sin()), -1)
+    weights = [randn(dim, dtype=dtype) if normed else None for _ in range(2)]
+    before = randn(2, num_slots, kv_heads, dim, dtype=dtype)
+    caches, expected_caches = before.clone(), before.clone()
+    rest = (kv_heads * group, kv_heads, *weights, eps)
+
+    q = rope_and_write_kv_triton(qkv, positions, slots, cos_sin, *caches, *rest)
+
+    expected = rope_and_write_kv_naive(qkv, positions, slots, cos_sin, *expected_caches, *rest)
+    assert_close(q, expected)
+    assert_close(caches, expected_caches)
+    untouched = torch.ones(num_slots, dtype=torch.bool, device=DEVICE)
+    untouched[slots[slots >= 0].long()] = False
+    assert torch.equal(caches[:, untouched], before[:, untouched])
+
+
+def test_rope_at_position_zero_changes_nothing() -> None:
+    qkv = randn(1, 4 * 64, dtype=torch.float32)
+    cos_sin = torch.cat((torch.ones(1, 32), torch.zeros(1, 32)), -1).to(DEVICE)
+    k, v = torch.zeros(2, 5, 1, 64, device=DEVICE)
+    q = rope_and_write_kv_triton(qkv, int32([0]), int32([3]), cos_sin, k, v, 2, 1)
+    written = torch.cat((q.flatten(), k[3].flatten(), v[3].flatten()))
+    torch.testing.assert_close(written, qkv.flatten())
