@@ -22,6 +22,13 @@ if TYPE_CHECKING:
 
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 _SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+# By config.json's "model_type", and the architecture in a GGUF header.
+_ARCHITECTURE_OF_TYPE = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
 _WEIGHTS = {"safetensors": "*.safetensors", "pt": "*.bin", "gguf": "*.gguf"}
 
 
@@ -103,7 +110,9 @@ class ModelConfig:
 
     @classmethod
     def _from_hf(cls, values: dict[str, Any], generation: dict[str, Any]) -> ModelConfig:
-        architecture = (values.get("architectures") or ["(none named)"])[0]
+        kind = values.get("model_type")
+        named = values.get("architectures") or [_ARCHITECTURE_OF_TYPE.get(kind, kind)]
+        architecture = named[0]
         check_architecture(architecture)
         if (act := values.get("hidden_act", "silu")) != "silu":
             raise ValueError(f"the activation {act} is not supported; supported: silu")
@@ -136,7 +145,7 @@ class ModelConfig:
             first_window_layer=first_window_layer,
             tie_word_embeddings=bool(values.get("tie_word_embeddings", False)),
             qkv_bias=attention_bias or architecture == "Qwen2ForCausalLM",
-            o_bias=attention_bias,
+            o_bias=bool(values.get("attention_output_bias", attention_bias)),
             mlp_bias=bool(values.get("mlp_bias", False)),
             qk_norm=architecture == "Qwen3ForCausalLM",
             eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
@@ -305,23 +314,16 @@ def _sliding_window(values: dict[str, Any], architecture: str) -> tuple[int | No
     return window, values.get("max_window_layers", 0)
 
 
-_GGUF_ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
-
-
 def _read_gguf(path: Path) -> dict[str, Any]:
     """A GGUF header in the words of config.json."""
     from sglang.models.gguf import GGUFFile
 
     file = GGUFFile(path)
     kind = file.metadata.get("general.architecture")
-    if kind not in _GGUF_ARCHITECTURES:
+    if kind not in _ARCHITECTURE_OF_TYPE:
         raise ValueError(
             f"{path}: the GGUF architecture {kind} is not supported; supported: "
-            + ", ".join(_GGUF_ARCHITECTURES)
+            + ", ".join(_ARCHITECTURE_OF_TYPE)
         )
 
     def value(key: str, default: Any = None) -> Any:
@@ -336,7 +338,7 @@ def _read_gguf(path: Path) -> dict[str, Any]:
             if original := value("rope.scaling.original_context_length"):
                 rope["original_max_position_embeddings"] = original
         return {
-            "architectures": [_GGUF_ARCHITECTURES[kind]],
+            "architectures": [_ARCHITECTURE_OF_TYPE[kind]],
             "vocab_size": file.tensors["token_embd.weight"].shape[0],
             "hidden_size": hidden,
             "intermediate_size": value("feed_forward_length"),
@@ -348,7 +350,9 @@ def _read_gguf(path: Path) -> dict[str, Any]:
             "rms_norm_eps": value("attention.layer_norm_rms_epsilon", 1e-6),
             "rope_parameters": rope,
             "tie_word_embeddings": "output.weight" not in file.tensors,
-            "attention_bias": kind == "llama" and "blk.0.attn_q.bias" in file.tensors,
+            "attention_bias": "blk.0.attn_q.bias" in file.tensors,
+            "attention_output_bias": "blk.0.attn_output.bias" in file.tensors,
+            "mlp_bias": "blk.0.ffn_up.bias" in file.tensors,
             "eos_token_id": _gguf_ends(file.metadata),
             "bos_token_id": file.metadata.get("tokenizer.ggml.bos_token_id"),
         }
