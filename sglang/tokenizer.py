@@ -78,8 +78,12 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """add_special_tokens: the ones that begin (or end) a prompt of this model, if any. Special
-        tokens that are spelled out in the text are recognised in any case."""
-        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        tokens that are spelled out in the text are recognised in any case. Raises ValueError for
+        text that is no Unicode (a surrogate without its partner, which JSON can smuggle in)."""
+        try:
+            return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except (TypeError, UnicodeEncodeError):
+            raise ValueError("the text is not valid Unicode") from None
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Bytes that are no UTF-8 become U+FFFD; ids that are no tokens become nothing."""

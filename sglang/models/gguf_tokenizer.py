@@ -135,13 +135,13 @@ def _add_begin_and_end(tokenizer: Tokenizer, metadata: dict[str, Any]) -> None:
         metadata["tokenizer.ggml.model"] == "llama"
         or metadata.get("tokenizer.ggml.pre") == "llama-bpe"
     )
-    template, ids = "$A", []
+    tokens, template, special = metadata["tokenizer.ggml.tokens"], ["$A"], []
     for name, default in (("bos", begins), ("eos", False)):
         id = metadata.get(f"tokenizer.ggml.{name}_token_id")
         if id is not None and metadata.get(f"tokenizer.ggml.add_{name}_token", default):
-            template = f"{name} {template}" if name == "bos" else f"{template} {name}"
-            ids.append((name, id))
-    if ids:
-        tokenizer.post_processor = processors.Sequence(
-            [processors.TemplateProcessing(single=template, special_tokens=ids)]
+            template.insert(0 if name == "bos" else len(template), tokens[id])
+            special.append((tokens[id], id))
+    if special:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=template, special_tokens=special
         )
