@@ -98,7 +98,11 @@ def _split_size(seen, max_splits, split_tokens, BLOCK_N: tl.constexpr):
     return tl.maximum(tl.cdiv(seen, max_splits * BLOCK_N) * BLOCK_N, split_tokens)
 
 
-@triton.jit
+# What varies from step to step, alignment included, must not compile a kernel anew.
+@triton.jit(
+    do_not_specialize=["max_splits", "split_tokens"],
+    do_not_specialize_on_alignment=["rows_ptr", "lens_ptr"],
+)
 def _decode_kernel(
     q_ptr,  # [n, HQ, D]
     k_ptr,
@@ -176,7 +180,7 @@ def _decode_kernel(
     tl.store(lse_ptr + at_split, most + tl.log2(total), mask=in_group < GROUP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["split_tokens"], do_not_specialize_on_alignment=["lens_ptr"])
 def _merge_kernel(
     partial_ptr,
     lse_ptr,

@@ -146,7 +146,8 @@ def _attend(
     return acc, most, total
 
 
-@triton.jit
+# What varies from step to step, alignment included, must not compile a kernel anew.
+@triton.jit(do_not_specialize_on_alignment=["rows_ptr", "q_starts_ptr", "lens_ptr"])
 def _extend_kernel(
     q_ptr,
     k_ptr,

@@ -72,7 +72,8 @@ def rope_and_write_kv_naive(
     return x[:, :num_q_heads]
 
 
-@triton.jit
+# The alignment of what varies from step to step must not compile a kernel anew.
+@triton.jit(do_not_specialize_on_alignment=["positions_ptr", "slots_ptr"])
 def _rope_kernel(
     qkv_ptr,
     positions_ptr,

@@ -16,6 +16,9 @@ import torch
 import triton
 import triton.language as tl
 
+# Kernel arguments whose alignment varies from step to step: it must not compile a kernel anew.
+_KNOBS = ["temperature_ptr", "top_k_ptr", "top_p_ptr", "min_p_ptr", "seed_ptr", "positions_ptr"]
+
 # Multipliers of "lowbias32" (Chris Wellons, public domain), and 2^32 / golden ratio.
 _C1 = tl.constexpr(0x7FEB352D)
 _C2 = tl.constexpr(0x846CA68B)
@@ -163,7 +166,7 @@ def _argmax(score, ids):
     return best, tl.min(tl.where(score == best, ids, 0x7FFFFFFF), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=_KNOBS)
 def _scan_kernel(
     logits_ptr,
     temperature_ptr,
@@ -247,7 +250,7 @@ def _pivot(
     return low
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=_KNOBS)
 def _pick_kernel(
     logits_ptr,
     temperature_ptr,
@@ -379,8 +382,9 @@ def _launch(
     if num_rows == 0:
         return out
     chunks = triton.cdiv(vocab, chunk)
-    best, mass = torch.empty(2, num_rows, chunks, dtype=torch.float32, device=logits.device)
-    best_id = torch.empty(num_rows, chunks, dtype=torch.int32, device=logits.device)
+    best = torch.empty(num_rows, chunks, dtype=torch.float32, device=logits.device)
+    best_id = torch.empty_like(best, dtype=torch.int32)
+    mass = torch.empty_like(best)
     likely = None
     if not greedy:
         likely = torch.empty(num_rows, list_size, dtype=torch.int32, device=logits.device)

@@ -9,6 +9,7 @@ DTYPES = [torch.float16, torch.bfloat16] if GPU else [torch.float32, torch.float
 
 
 def seeds(on_interpreter: int, on_gpu: int) -> range:
+    """On a GPU cases are larger, and fewer: almost each compiles a kernel of its own."""
     return range(on_gpu if GPU else on_interpreter)
 
 

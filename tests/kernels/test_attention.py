@@ -35,10 +35,10 @@ class Cache:
         return self.k, self.v, self.table, self.rows
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("seed", seeds(24, 120))
-def test_decode_agrees_with_its_twin(seed: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("seed", seeds(50, 24))
+def test_decode_agrees_with_its_twin(seed: int) -> None:
     rng = random.Random(seed)
+    dtype = rng.choice(DTYPES)
     torch.manual_seed(seed)
     n = rng.choice([1, 5, 33] if GPU else [1, 3])
     max_len = rng.choice([300, 5000] if GPU else [150, 300])
@@ -57,10 +57,10 @@ def test_decode_agrees_with_its_twin(seed: int, dtype: torch.dtype) -> None:
         assert_close(out, expected)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("seed", seeds(24, 120))
-def test_extend_agrees_with_its_twin(seed: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("seed", seeds(50, 24))
+def test_extend_agrees_with_its_twin(seed: int) -> None:
     rng = random.Random(seed)
+    dtype = rng.choice(DTYPES)
     torch.manual_seed(seed)
     n = rng.choice([1, 2, 9] if GPU else [1, 2])
     longest, longest_prefix = (700, 3000) if GPU else (70, 90)

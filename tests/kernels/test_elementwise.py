@@ -43,7 +43,7 @@ def test_silu_and_mul_agrees_with_torch(tokens: int, inner: int, dtype: torch.dt
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("seed", seeds(20, 60))
+@pytest.mark.parametrize("seed", seeds(20, 30))
 def test_rope_turns_q_and_k_and_writes_only_named_slots(seed: int, dtype: torch.dtype) -> None:
     rng = random.Random(seed)
     torch.manual_seed(seed)

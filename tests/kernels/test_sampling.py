@@ -50,7 +50,7 @@ def chi_square(tokens: list[int], probabilities: list[float]) -> float:
     return float(((observed - expected) ** 2 / expected).sum())
 
 
-@pytest.mark.parametrize("seed", seeds(24, 100))
+@pytest.mark.parametrize("seed", seeds(24, 40))
 def test_the_kernel_draws_the_tokens_that_its_twin_draws(seed: int) -> None:
     rng = random.Random(seed)
     torch.manual_seed(seed)
