@@ -90,8 +90,8 @@ class ExtendConfig:
 def extend_config(max_q_len: int, group: int, head_dim: int) -> ExtendConfig:
     pack = group > 1 and max_q_len < 128
     rows = max_q_len * group if pack else max_q_len
-    if rows > 64 and head_dim <= 128:
-        return ExtendConfig(128, 64, num_warps=8, num_stages=3, pack=pack)
+    if rows > 64:
+        return ExtendConfig(128, 64, num_warps=8, num_stages=3 if head_dim <= 128 else 2, pack=pack)
     if rows > 32:
         return ExtendConfig(64, 64, num_warps=4, num_stages=2, pack=pack)
     return ExtendConfig(32 if rows > 16 else 16, 64, num_warps=4, num_stages=2, pack=pack)
