@@ -147,7 +147,7 @@ class Supervisor:
     def _spawn(self, child: Child) -> tuple[subprocess.Popen, int]:
         read_end, write_end = os.pipe()
         env = dict(os.environ)
-        env["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+        env["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
         env["PYTHONSAFEPATH"] = "1"  # sglang is where it is here, not where the user stands
         try:
             process = subprocess.Popen(

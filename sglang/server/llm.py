@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 import weakref
 from typing import Any, TypeVar
 
@@ -110,6 +111,7 @@ class LLM:
             except ValueError as error:
                 raise ValueError(f"prompts[{i}]: {error}") from None
         with self._lock:
+            self._check_alive()
             return self._run(requests, use_tqdm)
 
     def _run(self, requests: list[GenerateRequest], use_tqdm: bool) -> list[dict[str, Any]]:
@@ -139,11 +141,16 @@ class LLM:
     def flush_cache(self) -> None:
         """Forgets every cached prefix."""
         with self._lock:
-            self._router.send(encode(FlushCache()))
-            self._answer(FlushCacheReply)
+            self._check_alive()
+            while True:  # the last requests may keep their seats for a step or two more
+                self._router.send(encode(FlushCache()))
+                if self._answer(FlushCacheReply).ok:
+                    return
+                time.sleep(0.005)
 
     def stats(self) -> Stats:
         with self._lock:
+            self._check_alive()
             self._router.send(encode(GetStats()))
             return self._answer(Stats)
 
@@ -200,11 +207,14 @@ class LLM:
         return answer
 
     def _receive(self, socket: zmq.Socket) -> bytes:
-        if not self._stop.alive:
-            raise RuntimeError("this LLM has been shut down")
         while not socket.poll(_POLL_MS):
             self._failure.check()
         return socket.recv()
+
+    def _check_alive(self) -> None:
+        if not self._stop.alive:
+            raise RuntimeError("this LLM has been shut down")
+        self._failure.check()
 
 
 class _Reply:

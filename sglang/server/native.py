@@ -28,6 +28,7 @@ from sglang.server.service import Prompt, Service, new_id
 from sglang.server.tokenizer_manager import Generation, Sequence
 
 HEALTH_SECONDS = 20.0
+FLUSH_TRIES = 20
 _UNSUPPORTED_PARAMS = ("regex", "json_schema", "ebnf", "structural_tag")
 
 
@@ -119,10 +120,10 @@ def _sampling(
     if len(dicts) != num_prompts:
         message = f"sampling_params has {len(dicts)} entries for {num_prompts} prompts"
         raise ApiError(message, "sampling_params")
-    ns = {values.get("n") or 1 for values in dicts}
-    n = ns.pop()
-    if ns or type(n) is not int:
-        raise ApiError("n must be one integer for all prompts", "n")
+    ns = [1 if values.get("n") is None else values["n"] for values in dicts]
+    n = ns[0]
+    if type(n) is not int or n < 1 or any(other != n for other in ns):
+        raise ApiError("n must be one integer >= 1 for all prompts", "n")
     params = []
     for values in dicts:
         unsupported = [
@@ -208,9 +209,14 @@ def native_router(service: Service) -> APIRouter:
     @router.api_route("/flush_cache", methods=["GET", "POST"])
     async def flush_cache() -> dict[str, str]:
         """Forgets every cached prefix; refused while requests run."""
-        if not await manager.flush_cache():
-            raise ApiError("the cache is in use: requests are running", status=400)
-        return {"status": "flushed"}
+        # A request whose client has its whole reply may keep its seat for a step or two more.
+        for _ in range(FLUSH_TRIES):
+            if await manager.flush_cache():
+                return {"status": "flushed"}
+            if manager.num_generations:
+                break
+            await asyncio.sleep(0.05)
+        raise ApiError("the cache is in use: requests are running", status=400)
 
     @router.post("/abort_request")
     async def abort_request(body: AbortBody) -> dict[str, bool]:

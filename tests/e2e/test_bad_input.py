@@ -98,7 +98,7 @@ TABLE = [
     (
         (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}),
         "messages",
-        "other than text",
+        "only parts",
     ),
     ((CHAT, {"messages": [{"role": "user", "content": "word " * 9000}]}), "messages", "8192"),
     (chat(max_tokens=-5), "max_tokens", ">= 0"),
@@ -127,6 +127,7 @@ TABLE = [
     (g(stop=[1]), "stop", "str"),
     (g(n=0), "n", "integer"),
     (g(n="2"), "n", "integer"),
+    (g(n=[]), "n", "integer"),
     (g(json_schema="{}"), "json_schema", "not supported"),
     (("/abort_request", {}), "rid", "must be given"),
 ]
