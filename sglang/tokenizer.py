@@ -352,6 +352,9 @@ def _read_folder(folder: Path, trust_remote_code: bool) -> _Source:
 
 def _from_transformers(folder: Path, trust_remote_code: bool) -> Backend:
     """Its conversions to `tokenizers` cover sentencepiece, tiktoken and other formats."""
+    patterns = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
+    if not any(any(folder.glob(pattern)) for pattern in patterns):
+        raise ValueError(f"{folder} has no tokenizer; --tokenizer-path names another place")
     from transformers import AutoTokenizer
 
     try:

@@ -261,6 +261,9 @@ def test_a_folder_without_a_tokenizer_or_with_a_broken_one_is_an_error(tmp_path)
     (tmp_path / "tokenizer.json").unlink()
     with pytest.raises(ValueError, match="has no tokenizer that can be read"):
         Tokenizer.load(config, ServerArgs())
+    (tmp_path / "tokenizer_config.json").unlink()
+    with pytest.raises(ValueError, match="has no tokenizer; --tokenizer-path"):
+        Tokenizer.load(config, ServerArgs())
 
 
 def test_truncation_in_a_tokenizer_file_is_not_obeyed(tmp_path):

@@ -95,12 +95,10 @@ class QKVLinear(Linear):
         q_shard = Shard(tp.rank, tp.size)
         kv_size = min(tp.size, num_kv_heads)
         kv_shard = Shard(tp.rank * kv_size // tp.size, kv_size)
-        self_heads = num_heads * head_dim
-        kv_heads = num_kv_heads * head_dim
         parts = [
-            Part(f"{name}.q_proj", self_heads, q_shard),
-            Part(f"{name}.k_proj", kv_heads, kv_shard),
-            Part(f"{name}.v_proj", kv_heads, kv_shard),
+            Part(f"{name}.q_proj", num_heads * head_dim, q_shard),
+            Part(f"{name}.k_proj", num_kv_heads * head_dim, kv_shard),
+            Part(f"{name}.v_proj", num_kv_heads * head_dim, kv_shard),
         ]
         method = quantization.linear(parts[0].name)
         super().__init__(parts, in_features, method, dtype, device, bias)
