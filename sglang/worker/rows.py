@@ -31,10 +31,19 @@ class StepArrays:
     prefill_ids: np.ndarray  # [T - num_decode]
     sample_at: np.ndarray  # [s] tokens whose logits are sampled
     sample_of: np.ndarray  # [s] index into rows
-    grown_at: np.ndarray  # [g] into the flat slot table...
-    grown_slots: np.ndarray  # [g] ...these slots go
+    grown_at: np.ndarray  # [T] into the flat slot table the slots go
     opened: np.ndarray  # [o] rows
     params: np.ndarray  # [NUM_PARAMS, o]
+    cached_at: np.ndarray  # [c] into the flat slot table...
+    cached_slots: np.ndarray  # [c] ...the slots of the opened rows' cached prefixes go
+
+    @classmethod
+    def empty(cls) -> StepArrays:
+        none = np.empty(0, dtype=np.int32)
+        params = np.empty((NUM_PARAMS, 0), dtype=np.int32)
+        return cls(
+            0, none, none, none, none, none, none, none, none, none, none, params, none, none
+        )
 
 
 class RowState:
@@ -78,9 +87,6 @@ class RowState:
             positions, owners = before, rows
             sample_of = sample_at = np.arange(d)
         grown_at = owners * np.int32(self.max_len) + positions
-        if len(cached_slots):
-            cached_at = _ranges(opened * np.int32(self.max_len), cached_lens)
-            grown_at = np.concatenate([grown_at, cached_at])
         return StepArrays(
             num_decode=d,
             rows=rows,
@@ -90,11 +96,12 @@ class RowState:
             slots=slots,
             prefill_ids=prefill_ids,
             sample_at=sample_at.astype(np.int32),
-            sample_of=sample_of,
+            sample_of=sample_of.astype(np.int32),
             grown_at=grown_at,
-            grown_slots=np.concatenate([slots, cached_slots]),
             opened=opened,
             params=_params(plan.opened),
+            cached_at=_ranges(opened * np.int32(self.max_len), cached_lens),
+            cached_slots=cached_slots,
         )
 
 

@@ -8,13 +8,13 @@ import numpy as np
 import torch
 
 from sglang.attention import create_attention_backend
-from sglang.messages import StepPlan, StepResult, pack
+from sglang.messages import RowSpec, StepPlan, StepResult, pack
 from sglang.model_config import ModelConfig
 from sglang.models.checkpoint import open_checkpoint
 from sglang.models.registry import build_model
 from sglang.server_args import ServerArgs
 from sglang.worker.batch import Batch
-from sglang.worker.graphs import DecodeGraphs, DecodeInputs, DecodeOutputs
+from sglang.worker.graphs import DecodeInputs, GraphOutputs, MixedInputs, StepGraphs
 from sglang.worker.kv_pool import KVPool, num_slots_that_fit
 from sglang.worker.parallel import TensorParallel
 from sglang.worker.rows import RowState, StepArrays
@@ -26,7 +26,8 @@ class PendingStep:
     """A step that was launched; its tokens are on their way to the host."""
 
     step: int
-    tokens: torch.Tensor  # int32 [s], host memory
+    tokens: torch.Tensor  # int32, host memory
+    wanted: np.ndarray | None  # which of them; None: all
     logprobs: RowLogprobs | None
     copied: torch.cuda.Event | None  # None: they are there
 
@@ -34,7 +35,10 @@ class PendingStep:
         if self.copied is not None:
             self.copied.synchronize()
         logprobs = self.logprobs.messages() if self.logprobs is not None else []
-        return StepResult(self.step, pack(self.tokens.numpy()), logprobs)
+        tokens = self.tokens.numpy()
+        return StepResult(
+            self.step, pack(tokens if self.wanted is None else tokens[self.wanted]), logprobs
+        )
 
 
 @dataclass
@@ -92,115 +96,166 @@ class ModelRunner:
         # CUDA graphs
         self.graphs = None
         if self.device.type == "cuda" and not args.disable_cuda_graph:
-            largest = min(args.cuda_graph_max_bs or num_rows, num_rows)
-            self.graphs = DecodeGraphs(self._decode, self.rows, largest, tp.rank == 0)
+            self.graphs = StepGraphs(
+                self._decode,
+                self._mixed,
+                self.rows,
+                max_rows=min(args.cuda_graph_max_bs or num_rows, num_rows),
+                max_tokens=self.chunk_size + num_rows,
+                show_progress=tp.rank == 0,
+            )
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan, payload: bytes) -> PendingStep:
         step = self.rows.advance(plan, payload)
-        for spec in plan.opened:
-            self.sampler.open(spec)
-        tokens, logprobs = self._forward(step)
+        if plan.opened:
+            self._open(plan.opened, step)
+        outputs = self.graphs.replay(step) if self.graphs is not None else None
+        if outputs is None:
+            tokens, logprobs = self._run(step)
+            return self._send_home(plan.step, tokens, logprobs)
+        if self.sampler.is_plain(step.rows):
+            return self._send_home(
+                plan.step, outputs.tokens[: len(step.rows)], None, step.sample_of
+            )
+        tokens, logprobs = self._sample_again(step, outputs)
         return self._send_home(plan.step, tokens, logprobs)
 
-    def _forward(self, step: StepArrays) -> tuple[torch.Tensor, RowLogprobs | None]:
-        if self.graphs is not None and self.graphs.fit(step):
-            return self._replay(self.graphs, step)
-        batch, sample_at, sample_rows, sample_positions = self._upload(step)
-        self.attention.begin(batch)
-        hidden = self.model.forward(batch.input_ids, batch.positions, batch)
-        if len(step.sample_at) == 0:
-            return sample_rows, None
-        if len(step.sample_at) < len(hidden):
-            hidden = hidden.index_select(0, sample_at)
-        tokens, logprobs = self.sampler(
-            self.model.logits(hidden),
-            step.rows[step.sample_of],
-            step.kv_lens[step.sample_of],
-            self.rows.params.index_select(1, sample_rows),
-            sample_positions,
+    def _open(self, specs: list[RowSpec], step: StepArrays) -> None:
+        """Rows get their sampling parameters and the slots of their cached prefixes."""
+        for spec in specs:
+            self.sampler.open(spec)
+        opened, params, cached_at, cached_slots = self._to_device(
+            step.opened, step.params.reshape(-1), step.cached_at, step.cached_slots
         )
-        self.rows.last_token.index_copy_(0, sample_rows.long(), tokens)
-        return tokens, logprobs
+        self.rows.params.index_copy_(1, opened.long(), params.view(step.params.shape))
+        if len(cached_at):
+            self.rows.slot_table.view(-1).index_copy_(0, cached_at.long(), cached_slots)
 
-    def _replay(
-        self, graphs: DecodeGraphs, step: StepArrays
-    ) -> tuple[torch.Tensor, RowLogprobs | None]:
-        n = len(step.rows)
-        inputs, outputs = graphs.replay(step)
-        if self.sampler.is_plain(step.rows):
-            return outputs.tokens[:n], None
-        rows = inputs.rows[:n]  # their tokens take the place of those that the graph drew
-        tokens, logprobs = self.sampler(
-            outputs.logits[:n],
-            step.rows,
-            step.kv_lens,
-            self.rows.params.index_select(1, rows),
-            inputs.kv_lens[:n],
-        )
-        self.rows.last_token.index_copy_(0, rows.long(), tokens)
-        return tokens, logprobs
-
-    @torch.inference_mode()
-    def _decode(self, inputs: DecodeInputs) -> DecodeOutputs:
-        """A decode step by what is on the device alone, for a graph."""
-        rows = self.rows
-        rows.slot_table.view(-1).index_copy_(0, inputs.grown_at.long(), inputs.slots)
-        batch = Batch(
-            num_decode=len(inputs.rows),
-            input_ids=rows.last_token.index_select(0, inputs.rows),
-            positions=inputs.positions,
-            slots=inputs.slots,
-            rows=inputs.rows,
-            kv_lens=inputs.kv_lens,
-            slot_table=rows.slot_table,
-            q_starts=inputs.rows[:1],
-            max_kv_len=rows.max_len,
-            attention=self.attention,
-            kv_cache=self.kv_cache,
-        )
-        self.attention.begin(batch)
-        logits = self.model.logits(self.model.forward(batch.input_ids, batch.positions, batch))
-        tokens = draw(logits, rows.params.index_select(1, inputs.rows), inputs.kv_lens)
-        rows.last_token.index_copy_(0, inputs.rows.long(), tokens)
-        return DecodeOutputs(logits, tokens)
-
-    def _upload(self, step: StepArrays) -> tuple[Batch, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """One copy to the device; then the row state takes in what is new."""
+    def _run(self, step: StepArrays) -> tuple[torch.Tensor, RowLogprobs | None]:
+        """A step without a graph."""
         d, rows = step.num_decode, self.rows
-        q_starts = np.zeros(len(step.rows) - d + 1, dtype=np.int32)
-        np.cumsum(step.q_lens[d:], out=q_starts[1:])
+        starts = np.zeros(len(step.rows) - d + 1, dtype=np.int32)
+        np.cumsum(step.q_lens[d:], out=starts[1:])
+        sampled = step.rows[step.sample_of]
+        sampled_lens = step.kv_lens[step.sample_of]
         (
-            row_ids, kv_lens, positions, slots, prefill_ids, starts, sample_at, sample_rows,
-            sample_positions, grown_at, grown_slots, opened, params,
+            row_ids, kv_lens, positions, slots, prefill_ids, q_starts, grown_at,
+            sample_at, sample_rows, sample_positions,
         ) = self._to_device(
-            step.rows, step.kv_lens, step.positions, step.slots, step.prefill_ids, q_starts,
-            step.sample_at, step.rows[step.sample_of], step.kv_lens[step.sample_of],
-            step.grown_at, step.grown_slots, step.opened, step.params.reshape(-1),
+            step.rows, step.kv_lens, step.positions, step.slots, step.prefill_ids, starts,
+            step.grown_at, step.sample_at, sampled, sampled_lens,
         )  # fmt: skip
-        if len(step.opened):
-            rows.params.index_copy_(1, opened.long(), params.view(step.params.shape))
-        rows.slot_table.view(-1).index_copy_(0, grown_at.long(), grown_slots)
+        rows.slot_table.view(-1).index_copy_(0, grown_at.long(), slots)
         input_ids = prefill_ids
         if d > 0:
             decode_ids = rows.last_token.index_select(0, row_ids[:d])
             input_ids = torch.cat([decode_ids, prefill_ids]) if len(prefill_ids) else decode_ids
-        batch = Batch(
-            num_decode=d,
-            input_ids=input_ids,
-            positions=positions,
-            slots=slots,
-            rows=row_ids,
-            kv_lens=kv_lens,
-            slot_table=rows.slot_table,
-            q_starts=starts,
-            max_kv_len=int(step.kv_lens.max()),
-            attention=self.attention,
-            kv_cache=self.kv_cache,
-            q_lens_host=step.q_lens,
-            kv_lens_host=step.kv_lens,
+        hidden = self._forward(
+            Batch(
+                num_decode=d,
+                input_ids=input_ids,
+                positions=positions,
+                slots=slots,
+                rows=row_ids,
+                kv_lens=kv_lens,
+                slot_table=rows.slot_table,
+                q_starts=q_starts,
+                max_kv_len=int(step.kv_lens.max()),
+                attention=self.attention,
+                kv_cache=self.kv_cache,
+                q_lens_host=step.q_lens,
+                kv_lens_host=step.kv_lens,
+            )
         )
-        return batch, sample_at, sample_rows, sample_positions
+        if len(sampled) == 0:
+            return sample_rows, None
+        if len(sampled) < len(hidden):
+            hidden = hidden.index_select(0, sample_at)
+        params = rows.params.index_select(1, sample_rows)
+        logits = self.model.logits(hidden)
+        tokens, logprobs = self.sampler(logits, sampled, sampled_lens, params, sample_positions)
+        rows.last_token.index_copy_(0, sample_rows.long(), tokens)
+        return tokens, logprobs
+
+    def _forward(self, batch: Batch) -> torch.Tensor:
+        self.attention.begin(batch)
+        return self.model.forward(batch.input_ids, batch.positions, batch)
+
+    # --- steps in graphs -------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def _decode(self, inputs: DecodeInputs) -> GraphOutputs:
+        """One new token for each row."""
+        rows = self.rows
+        rows.slot_table.view(-1).index_copy_(0, inputs.grown_at.long(), inputs.slots)
+        hidden = self._forward(
+            Batch(
+                num_decode=len(inputs.rows),
+                input_ids=rows.last_token.index_select(0, inputs.rows),
+                positions=inputs.positions,
+                slots=inputs.slots,
+                rows=inputs.rows,
+                kv_lens=inputs.kv_lens,
+                slot_table=rows.slot_table,
+                q_starts=inputs.rows[:1],  # no prefill rows
+                max_kv_len=rows.max_len,
+                attention=self.attention,
+                kv_cache=self.kv_cache,
+            )
+        )
+        return self._draw(hidden, inputs.rows, inputs.kv_lens)
+
+    @torch.inference_mode()
+    def _mixed(self, inputs: MixedInputs) -> GraphOutputs:
+        """Any step. Rows that decode are prefill rows with one new token here, so that one graph
+        does for any mixture."""
+        rows = self.rows
+        rows.slot_table.view(-1).index_copy_(0, inputs.grown_at.long(), inputs.slots)
+        last_tokens = rows.last_token.index_select(0, inputs.owners)
+        hidden = self._forward(
+            Batch(
+                num_decode=0,
+                input_ids=torch.where(inputs.ids < 0, last_tokens, inputs.ids),
+                positions=inputs.positions,
+                slots=inputs.slots,
+                rows=inputs.rows,
+                kv_lens=inputs.kv_lens,
+                slot_table=rows.slot_table,
+                q_starts=inputs.q_starts,
+                max_kv_len=rows.max_len,
+                attention=self.attention,
+                kv_cache=self.kv_cache,
+            )
+        )
+        return self._draw(hidden.index_select(0, inputs.last), inputs.rows, inputs.kv_lens)
+
+    def _draw(
+        self, hidden: torch.Tensor, rows: torch.Tensor, kv_lens: torch.Tensor
+    ) -> GraphOutputs:
+        """A token for each row. What a row draws in the midst of its prompt is never used."""
+        logits = self.model.logits(hidden)
+        tokens = draw(logits, self.rows.params.index_select(1, rows), kv_lens)
+        self.rows.last_token.index_copy_(0, rows.long(), tokens)
+        return GraphOutputs(rows, kv_lens, logits, tokens)
+
+    def _sample_again(
+        self, step: StepArrays, outputs: GraphOutputs
+    ) -> tuple[torch.Tensor, RowLogprobs | None]:
+        """Some rows ask for more than a graph does: draw from its logits anew."""
+        (at,) = self._to_device(step.sample_of)
+        rows = outputs.rows.index_select(0, at)
+        tokens, logprobs = self.sampler(
+            outputs.logits.index_select(0, at),
+            step.rows[step.sample_of],
+            step.kv_lens[step.sample_of],
+            self.rows.params.index_select(1, rows),
+            outputs.kv_lens.index_select(0, at),
+        )
+        self.rows.last_token.index_copy_(0, rows.long(), tokens)
+        return tokens, logprobs
+
+    # --- to the device and back ------------------------------------------------------------------
 
     def _to_device(self, *arrays: np.ndarray) -> tuple[torch.Tensor, ...]:
         """int32 arrays -> views of one tensor on the device."""
@@ -211,10 +266,14 @@ class ModelRunner:
         return host.to(self.device, non_blocking=True).split(sizes)
 
     def _send_home(
-        self, step: int, tokens: torch.Tensor, logprobs: RowLogprobs | None
+        self,
+        step: int,
+        tokens: torch.Tensor,
+        logprobs: RowLogprobs | None,
+        wanted: np.ndarray | None = None,
     ) -> PendingStep:
         if self.device.type != "cuda":
-            return PendingStep(step, tokens, logprobs, None)
+            return PendingStep(step, tokens, wanted, logprobs, None)
 
         def to_host(x: torch.Tensor) -> torch.Tensor:
             pinned = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
@@ -230,4 +289,4 @@ class ModelRunner:
         tokens = to_host(tokens)
         copied = torch.cuda.Event()
         copied.record()
-        return PendingStep(step, tokens, logprobs, copied)
+        return PendingStep(step, tokens, wanted, logprobs, copied)

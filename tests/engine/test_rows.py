@@ -19,7 +19,8 @@ class Twin(HashingWorker):
         result = super().run(plan, payload)
         step = self.state.advance(plan, payload)
         table = self.state.slot_table.view(-1)
-        table.index_copy_(0, torch.from_numpy(step.grown_at).long(), torch.tensor(step.grown_slots))
+        for at, slots in ((step.cached_at, step.cached_slots), (step.grown_at, step.slots)):
+            table.index_copy_(0, torch.from_numpy(at).long(), torch.tensor(slots))
 
         assert len(step.rows) == plan.num_rows
         assert (step.kv_lens == self.seq_len[step.rows]).all()
