@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -29,6 +30,7 @@ def serve(args: ServerArgs) -> int:
     form = "[%(asctime)s server] %(message)s"
     logging.basicConfig(level=args.log_level.upper(), format=form, datefmt="%H:%M:%S")
     signal.signal(signal.SIGTERM, _leave)  # until the event loop handles it
+    _allow_many_connections()
     try:
         with _listen(args.host, args.port) as listener, Engine(args) as engine:
             return _run(engine, listener, started)
@@ -39,6 +41,14 @@ def serve(args: ServerArgs) -> int:
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
+
+
+def _allow_many_connections() -> None:
+    """Each takes a file descriptor, of which shells often allow 1,024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _leave(signum: int, frame: object) -> None:

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 MAX_SEQUENCES = 1024
 """Of one request: its prompts times n."""
 _LONG_TEXT = 4096
-"""Characters; tokenizing more than this would hold up every stream, so a thread does it."""
+"""Characters (and 100 for each text): tokenizing more than this would hold up every stream, so a
+thread does it."""
 
 Prompt = str | list[int]
 
@@ -55,13 +56,26 @@ class Service:
         return self.tokenizer
 
     async def encode(self, text: str, special_tokens: bool = True) -> list[int]:
-        tokenizer = self.need_tokenizer()
-        if len(text) < _LONG_TEXT:
-            return tokenizer.encode(text, special_tokens)
-        return await asyncio.to_thread(tokenizer.encode, text, special_tokens)
+        return (await self.encode_prompts([text], special_tokens))[0]
 
-    async def encode_prompts(self, prompts: list[Prompt]) -> list[list[int]]:
-        return [await self.encode(p) if isinstance(p, str) else p for p in prompts]
+    async def encode_prompts(
+        self, prompts: list[Prompt], special_tokens: bool = True
+    ) -> list[list[int]]:
+        """Texts become token ids; what are ids already stays."""
+        lengths = [len(prompt) for prompt in prompts if isinstance(prompt, str)]
+        if not lengths:
+            return prompts  # type: ignore[return-value]
+        tokenizer = self.need_tokenizer()
+
+        def encode() -> list[list[int]]:
+            return [
+                tokenizer.encode(prompt, special_tokens) if isinstance(prompt, str) else prompt
+                for prompt in prompts
+            ]
+
+        if sum(lengths) + 100 * len(lengths) < _LONG_TEXT:
+            return encode()
+        return await asyncio.to_thread(encode)
 
     def sampling(self, values: dict[str, Any], names: dict[str, str]) -> SamplingParams:
         """`values` in SGLang's names; `names` says how the client spells them, for errors."""

@@ -15,6 +15,7 @@ import time
 
 import psutil
 import pytest
+import requests
 
 from tests.e2e.serving import Server
 
@@ -55,7 +56,7 @@ def test_two_servers_live_side_by_side_and_sigterm_ends_one_cleanly(server: Serv
     assert other.get("/v1/models").json()["data"][0]["id"] == "another"
 
     short, long = [], []
-    generate = {"text": "1, 2, 3,", "sampling_params": {**LONG, "max_new_tokens": 40}}
+    generate = {"text": "1, 2, 3,", "sampling_params": {**LONG, "max_new_tokens": 8}}
     threads = [
         threading.Thread(target=lambda: short.append(other.generate(**generate))),
         threading.Thread(
@@ -72,7 +73,7 @@ def test_two_servers_live_side_by_side_and_sigterm_ends_one_cleanly(server: Serv
     for thread in threads:
         thread.join(5)
     reason = short[0]["meta_info"]["finish_reason"]
-    assert reason == {"type": "length", "length": 40}, "what can be finished is"
+    assert reason == {"type": "length", "length": 8}, "what can be finished is"
     assert long[0]["meta_info"]["finish_reason"]["type"] == "abort", "what takes long is not"
     assert not any(process.is_running() for process in children.values())
     assert folders(other.process.pid) == []
@@ -91,6 +92,24 @@ def test_ctrl_c_ends_an_idle_server_at_once():
     assert time.monotonic() - asked < 4
     assert not any(process.is_running() for process in children.values())
     assert "Traceback" not in server.stderr()
+
+
+def test_a_second_ctrl_c_does_not_wait_for_running_requests():
+    server = Server().wait_ready()
+    children = server.children()
+    body = {"text": "1, 2,", "sampling_params": LONG, "stream": True}
+    with server.post("/generate", body, stream=True):
+        server.process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        assert server.process.poll() is None, "it finishes its request"
+        with pytest.raises(requests.ConnectionError):
+            server.get("/health")
+        asked = time.monotonic()
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.wait(timeout=5) == 130
+        assert time.monotonic() - asked < 1
+    for process in children.values():
+        process.wait(timeout=2)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
@@ -151,6 +170,34 @@ def test_a_checkpoint_that_lacks_a_tensor_is_named(tmp_path):
     assert run.returncode == 1
     assert "model.embed_tokens.weight" in run.stderr.strip().splitlines()[-1]
     assert "Traceback" not in run.stderr
+
+
+def test_without_a_tokenizer_and_with_a_small_pool_there_are_ids_and_their_limits():
+    server = Server("--skip-tokenizer-init", "--max-total-tokens", "100").wait_ready()
+    params = {"temperature": 0, "max_new_tokens": 4}
+    ids = [504, 3575, 282, 4649, 314]
+    reply = server.generate(input_ids=ids, sampling_params=params)
+    assert reply["output_ids"] == [7042, 30, 198, 198] and "text" not in reply
+
+    def error(path: str, body: dict) -> dict:
+        response = server.post(path, body)
+        assert response.status_code == 400, response.text
+        return response.json()["error"]
+
+    assert "no tokenizer" in error("/generate", {"text": "hi"})["message"]
+    assert "no tokenizer" in error("/v1/completions", {"prompt": ids})["message"]
+    stop = {"input_ids": ids, "sampling_params": {**params, "stop": "x"}}
+    assert error("/generate", stop)["param"] == "stop"
+    too_long = error("/generate", {"input_ids": ids, "sampling_params": {"max_new_tokens": 96}})
+    assert too_long["param"] == "max_new_tokens"
+    assert "the KV pool (--max-total-tokens) holds 100 tokens" in too_long["message"]
+    too_long = error("/generate", {"input_ids": [5] * 101, "sampling_params": params})
+    assert too_long["param"] == "input_ids" and "holds 100 tokens" in too_long["message"]
+    fits = server.generate(
+        input_ids=ids, sampling_params={"max_new_tokens": 95, "ignore_eos": True}
+    )
+    assert fits["meta_info"]["completion_tokens"] == 95
+    assert server.stop() == 0
 
 
 def test_a_wrong_flag_is_explained():
