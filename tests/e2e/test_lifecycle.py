@@ -52,11 +52,14 @@ def test_two_servers_live_side_by_side_and_sigterm_ends_one_cleanly(server: Serv
     assert other.url != server.url
     assert other.seconds_to_ready < 15
     children = other.children()
-    body = {"text": "The capital of France is", "sampling_params": {"max_new_tokens": 8}}
+    body = {
+        "text": "The capital of France is",
+        "sampling_params": {"max_new_tokens": 8, "ignore_eos": True},
+    }
     assert other.get("/v1/models").json()["data"][0]["id"] == "another"
 
     short, long = [], []
-    generate = {"text": "1, 2, 3,", "sampling_params": {**LONG, "max_new_tokens": 8}}
+    generate = {"text": "1, 2, 3,", "sampling_params": {**LONG, "max_new_tokens": 3}}
     threads = [
         threading.Thread(target=lambda: short.append(other.generate(**generate))),
         threading.Thread(
@@ -73,7 +76,7 @@ def test_two_servers_live_side_by_side_and_sigterm_ends_one_cleanly(server: Serv
     for thread in threads:
         thread.join(5)
     reason = short[0]["meta_info"]["finish_reason"]
-    assert reason == {"type": "length", "length": 8}, "what can be finished is"
+    assert reason == {"type": "length", "length": 3}, "what can be finished is"
     assert long[0]["meta_info"]["finish_reason"]["type"] == "abort", "what takes long is not"
     assert not any(process.is_running() for process in children.values())
     assert folders(other.process.pid) == []
