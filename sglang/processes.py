@@ -258,7 +258,11 @@ class EngineProcesses:
         self._remove_folder = _Once(lambda: shutil.rmtree(self.addresses.folder, True))
 
     def start(self) -> None:
-        self._supervisor.start()
+        try:
+            self._supervisor.start()
+        except BaseException:
+            self.stop()
+            raise
 
     def pids(self) -> dict[str, int]:
         return self._supervisor.pids()
