@@ -84,50 +84,54 @@ class ExtendConfig:
     num_stages: int
     pack: bool
     """Whether the query heads that share a KV head also share a tile, [tokens x heads, D]: with
-    few new tokens it fills the tile, with many it only makes the causal mask coarser."""
+    few new tokens it fills the tile, and they then read the same K and V once."""
 
 
 def extend_config(max_q_len: int, group: int, head_dim: int) -> ExtendConfig:
-    pack = group > 1 and max_q_len < 128
+    pack = group > 1
     rows = max_q_len * group if pack else max_q_len
-    if rows > 64:
-        return ExtendConfig(128, 64, num_warps=8, num_stages=3 if head_dim <= 128 else 2, pack=pack)
-    if rows > 32:
-        return ExtendConfig(64, 64, num_warps=4, num_stages=2, pack=pack)
-    return ExtendConfig(32 if rows > 16 else 16, 64, num_warps=4, num_stages=2, pack=pack)
+    if rows <= 16:
+        return ExtendConfig(16, 64, num_warps=4, num_stages=3, pack=pack)
+    if rows <= 32:
+        return ExtendConfig(32, 64, num_warps=4, num_stages=3, pack=pack)
+    if max_q_len < 1024 or head_dim > 128:
+        if head_dim > 128:
+            return ExtendConfig(128, 64, num_warps=8, num_stages=2, pack=pack)
+        return ExtendConfig(64, 64, num_warps=4, num_stages=3, pack=pack)
+    return ExtendConfig(128, 128, num_warps=8, num_stages=3, pack=pack)
 
 
 @triton.jit
 def _attend(
-    acc, most, total, q, query_at, start, end, kv_len, table, k_base, v_base, k_stride, v_stride,
-    scale_log2,
+    acc, most, total, q, query_at, start, end, kv_len, table, k_base, v_base, kv_stride, scale_log2,
     MASKED: tl.constexpr,
     WINDOW: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One online softmax over the keys start..end-1; `end` may pass kv_len only if MASKED."""
+    """One online softmax over the keys start..end-1; `end` may pass kv_len only if MASKED. `most`
+    is of unscaled scores: scale and subtraction are then one multiply-add."""
     n = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
     # The index tile is loaded one turn ahead: a gather through an index of its own turn would keep
     # a single tile in flight whatever num_stages says.
     slots = tl.load(table + start + n, mask=start + n < end, other=0)
     for at in tl.range(start, end, BLOCK_N):
-        offset = slots.to(tl.int64)[:, None]
+        offset = (slots.to(tl.int64) * kv_stride)[:, None]
         if MASKED:
             mask = ((at + n) < kv_len)[:, None] & (d[None, :] < D)
-            k = tl.load(k_base + offset * k_stride, mask=mask, other=0.0)  # [BLOCK_N, BLOCK_D]
-            v = tl.load(v_base + offset * v_stride, mask=mask, other=0.0)
+            k = tl.load(k_base + offset, mask=mask, other=0.0)  # [BLOCK_N, BLOCK_D]
+            v = tl.load(v_base + offset, mask=mask, other=0.0)
         elif D == BLOCK_D:
-            k = tl.load(k_base + offset * k_stride)
-            v = tl.load(v_base + offset * v_stride)
+            k = tl.load(k_base + offset)
+            v = tl.load(v_base + offset)
         else:
-            k = tl.load(k_base + offset * k_stride, mask=d[None, :] < D, other=0.0)
-            v = tl.load(v_base + offset * v_stride, mask=d[None, :] < D, other=0.0)
+            k = tl.load(k_base + offset, mask=d[None, :] < D, other=0.0)
+            v = tl.load(v_base + offset, mask=d[None, :] < D, other=0.0)
         ahead = at + BLOCK_N + n
         slots = tl.load(table + ahead, mask=ahead < end, other=0)
-        scores = tl.dot(q, tl.trans(k)) * scale_log2
+        scores = tl.dot(q, tl.trans(k.to(q.dtype)))
         if MASKED:
             distance = query_at[:, None] - (at + n)[None, :]
             visible = distance >= 0
@@ -137,17 +141,20 @@ def _attend(
             # NaN. What such a tile adds is scaled away by the first tile that is seen.
             scores = tl.where(visible, scores, -1.0e30)
         new_most = tl.maximum(most, tl.max(scores, 1))
-        weights = tl.exp2(scores - new_most[:, None])
-        shrink = tl.exp2(most - new_most)
+        weights = tl.exp2(scores * scale_log2 - (new_most * scale_log2)[:, None])
+        shrink = tl.exp2((most - new_most) * scale_log2)
         total = total * shrink + tl.sum(weights, 1)
         acc = acc * shrink[:, None]
-        acc = tl.dot(weights.to(v.dtype), v, acc)
+        acc = tl.dot(weights.to(q.dtype), v.to(q.dtype), acc)
         most = new_most
     return acc, most, total
 
 
 # What varies from step to step, alignment included, must not compile a kernel anew.
-@triton.jit(do_not_specialize_on_alignment=["rows_ptr", "q_starts_ptr", "lens_ptr"])
+@triton.jit(
+    do_not_specialize=["num_rows"],
+    do_not_specialize_on_alignment=["rows_ptr", "q_starts_ptr", "lens_ptr"],
+)
 def _extend_kernel(
     q_ptr,
     k_ptr,
@@ -158,10 +165,10 @@ def _extend_kernel(
     lens_ptr,
     out_ptr,  # [T, HQ, D] contiguous
     q_stride,
-    k_stride,
-    v_stride,
+    kv_stride,  # of a slot, in both caches
     table_stride,
     scale_log2,
+    num_rows,
     WINDOW: tl.constexpr,
     HQ: tl.constexpr,
     GROUP: tl.constexpr,
@@ -170,57 +177,66 @@ def _extend_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    ROWS_PADDED: tl.constexpr,
 ):
+    """Tiles are numbered through the rows: row r's begin at q_starts[r] // TOKENS + r, which leaves
+    each at least as many numbers as it needs. A program takes every num_programs-th number: the
+    grid must do for the worst split of tokens into rows, and programs without work cost time."""
     TOKENS: tl.constexpr = BLOCK_M // PACK
-    row = tl.program_id(2)
-    q_start = tl.load(q_starts_ptr + row)
-    q_len = tl.load(q_starts_ptr + row + 1) - q_start
-    kv_len = tl.load(lens_ptr + row)
-    # The last tokens see the most keys: begin with them, and the short work fills the gaps.
-    block = tl.cdiv(q_len, TOKENS) - 1 - tl.program_id(1)
-    if block < 0:
-        return
+    r = tl.arange(0, ROWS_PADDED)
+    starts = tl.load(q_starts_ptr + r, mask=r < num_rows, other=0)
+    first_tile = tl.where(r < num_rows, starts // TOKENS + r, 0x7FFFFFFF)
+    num_tokens = tl.load(q_starts_ptr + num_rows)
+    # The last rows may be padding, with no tokens.
+    tiles = num_tokens // TOKENS + tl.sum(((starts < num_tokens) & (r < num_rows)).to(tl.int32))
 
     m = tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D)
-    token = block * TOKENS + m // PACK
     head = tl.program_id(0) * PACK + m % PACK
     kv_head = tl.program_id(0) * PACK // GROUP
-    in_tile = (m < TOKENS * PACK) & (token < q_len)
-    q_mask = in_tile[:, None] & (d[None, :] < D)
-    q_row = (q_start + token).to(tl.int64)
-    q = tl.load(
-        q_ptr + q_row[:, None] * q_stride + head[:, None] * D + d[None, :], mask=q_mask, other=0.0
-    )
-    prefix = kv_len - q_len
-    query_at = prefix + token
-    table = table_ptr + tl.load(rows_ptr + row).to(tl.int64) * table_stride
     k_base = k_ptr + kv_head * D + d[None, :]
     v_base = v_ptr + kv_head * D + d[None, :]
+    for i in tl.range(tl.program_id(1), tiles, tl.num_programs(1)):
+        # A row's last tokens see the most keys: begin with them, the short work fills the gaps.
+        tile = tiles - 1 - i
+        row = tl.sum((first_tile <= tile).to(tl.int32)) - 1
+        q_start = tl.load(q_starts_ptr + row)
+        q_len = tl.load(q_starts_ptr + row + 1) - q_start
+        first = (tile - q_start // TOKENS - row) * TOKENS
+        if first < q_len:
+            kv_len = tl.load(lens_ptr + row)
+            token = first + m // PACK
+            in_tile = (m < TOKENS * PACK) & (token < q_len)
+            q_mask = in_tile[:, None] & (d[None, :] < D)
+            q_row = (q_start + token).to(tl.int64)[:, None]
+            q_at = q_ptr + q_row * q_stride + head[:, None] * D + d[None, :]
+            q = tl.load(q_at, mask=q_mask, other=0.0)
+            prefix = kv_len - q_len
+            query_at = prefix + token
+            table = table_ptr + tl.load(rows_ptr + row).to(tl.int64) * table_stride
 
-    most = tl.full([BLOCK_M], -1.0e30, tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    first_at = prefix + block * TOKENS
-    end = tl.minimum(first_at + TOKENS, kv_len)
-    if WINDOW > 0:
-        start = tl.maximum(first_at - WINDOW + 1, 0) // BLOCK_N * BLOCK_N
-    else:
-        # Whole tiles of keys that every query of this tile sees.
-        start = tl.maximum(first_at + 1, 0) // BLOCK_N * BLOCK_N
-        acc, most, total = _attend(
-            acc, most, total, q, query_at, 0, start, kv_len, table, k_base, v_base,
-            k_stride, v_stride, scale_log2, False, WINDOW, D, BLOCK_D, BLOCK_N,
-        )  # fmt: skip
-    acc, most, total = _attend(
-        acc, most, total, q, query_at, start, end, kv_len, table, k_base, v_base,
-        k_stride, v_stride, scale_log2, True, WINDOW, D, BLOCK_D, BLOCK_N,
-    )  # fmt: skip
+            most = tl.full([BLOCK_M], -1.0e30, tl.float32)
+            total = tl.zeros([BLOCK_M], tl.float32)
+            acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+            end = tl.minimum(prefix + first + TOKENS, kv_len)
+            if WINDOW > 0:
+                start = tl.maximum(prefix + first - WINDOW + 1, 0) // BLOCK_N * BLOCK_N
+            else:
+                # Whole tiles of keys that every query of this tile sees.
+                start = tl.maximum(prefix + first + 1, 0) // BLOCK_N * BLOCK_N
+                acc, most, total = _attend(
+                    acc, most, total, q, query_at, 0, start, kv_len, table, k_base, v_base,
+                    kv_stride, scale_log2, False, WINDOW, D, BLOCK_D, BLOCK_N,
+                )  # fmt: skip
+            acc, most, total = _attend(
+                acc, most, total, q, query_at, start, end, kv_len, table, k_base, v_base,
+                kv_stride, scale_log2, True, WINDOW, D, BLOCK_D, BLOCK_N,
+            )  # fmt: skip
 
-    # A row of padding (kv_len 0) sees no key at all, and gets zeros.
-    out = acc / tl.where(total > 0, total, 1.0)[:, None]
-    out_at = out_ptr + (q_row[:, None] * HQ + head[:, None]) * D + d[None, :]
-    tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=q_mask)
+            # A row of padding (kv_len 0) sees no key at all, and gets zeros.
+            out = acc / tl.where(total > 0, total, 1.0)[:, None]
+            out_at = out_ptr + (q_row * HQ + head[:, None]) * D + d[None, :]
+            tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=q_mask)
 
 
 def extend_attention_triton(
@@ -237,6 +253,7 @@ def extend_attention_triton(
     config: ExtendConfig | None = None,
 ) -> torch.Tensor:
     num_tokens, num_q_heads, dim = q.shape
+    num_rows = len(rows)
     group = num_q_heads // k_cache.shape[1]
     if config is None:
         config = extend_config(max_q_len, group, dim)
@@ -244,12 +261,15 @@ def extend_attention_triton(
     if num_tokens == 0:
         return out
     pack = group if config.pack and group <= config.block_m else 1
+    heads, tokens = num_q_heads // pack, config.block_m // pack
+    # A program for each tile, unless there are very many short rows.
+    at_most = min(num_tokens, num_tokens // tokens + num_rows)
+    programs = min(at_most, max(num_tokens // tokens + 16, 1024 // heads))
     # Heads first: those of one group then read the same K and V at about the same time.
-    grid = (num_q_heads // pack, triton.cdiv(max_q_len, config.block_m // pack), len(rows))
-    _extend_kernel[grid](
+    _extend_kernel[(heads, programs)](
         q, k_cache, v_cache, slot_table, rows, q_starts, kv_lens, out,
-        q.stride(0), k_cache.stride(0), v_cache.stride(0), slot_table.stride(0),
-        scale * math.log2(math.e),
+        q.stride(0), k_cache.stride(0), slot_table.stride(0),
+        scale * math.log2(math.e), num_rows,
         WINDOW=window,
         HQ=num_q_heads,
         GROUP=group,
@@ -258,6 +278,7 @@ def extend_attention_triton(
         BLOCK_D=triton.next_power_of_2(dim),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
+        ROWS_PADDED=max(256, triton.next_power_of_2(num_rows)),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )  # fmt: skip
