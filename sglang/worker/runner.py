@@ -19,6 +19,7 @@ from sglang.worker.kv_pool import KVPool, num_slots_that_fit
 from sglang.worker.parallel import TensorParallel
 from sglang.worker.rows import RowState, StepArrays
 from sglang.worker.sampler import RowLogprobs, Sampler, draw
+from sglang.worker.warm_up import warm_up
 
 
 @dataclass
@@ -104,6 +105,7 @@ class ModelRunner:
                 max_tokens=self.chunk_size + num_rows,
                 show_progress=tp.rank == 0,
             )
+        warm_up(self)
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan, payload: bytes) -> PendingStep:

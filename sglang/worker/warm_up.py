@@ -1,0 +1,58 @@
+"""Two steps before the first request: kernels are compiled, and too little memory shows, early."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from sglang.messages import RowSpec, StepPlan, pack
+
+if TYPE_CHECKING:
+    from sglang.worker.runner import ModelRunner
+
+
+def warm_up(runner: ModelRunner) -> None:
+    """The largest prefill that may come (on a CPU a short one), then a step that decodes, prefills
+    and draws at random. They write to slots that are free and to rows that are not open."""
+    rows = runner.rows
+    budget = min(
+        runner.chunk_size if runner.device.type == "cuda" else 16, runner.kv_cache.num_slots
+    )
+    length = min(budget, rows.max_len - 1)
+    prompts = [length] * min(budget // max(length, 1), rows.num_rows)
+    if length < 1:
+        return
+    _run(runner, num_decode=0, prompts=prompts, temperature=0.0)
+    if len(prompts) < rows.num_rows:
+        _run(runner, num_decode=len(prompts), prompts=[1], temperature=1.0)
+
+
+def _run(runner: ModelRunner, num_decode: int, prompts: list[int], temperature: float) -> None:
+    num_rows, num_new = num_decode + len(prompts), sum(prompts)
+    opened = [_spec(row, temperature) for row in range(num_decode, num_rows)]
+    slots = np.arange(num_decode + num_new) % runner.kv_cache.num_slots
+    parts = (np.arange(num_rows), prompts, [1] * len(prompts), slots, [0] * num_new)
+    plan = StepPlan(0, opened, num_rows, num_decode, num_new)
+    runner.launch(plan, pack(np.concatenate(parts))).wait()
+
+
+def _spec(row: int, temperature: float) -> RowSpec:
+    return RowSpec(
+        row=row,
+        cached_len=0,
+        seed=0,
+        temperature=temperature,
+        top_p=1.0,
+        top_k=0,
+        min_p=0.0,
+        frequency_penalty=0.0,
+        presence_penalty=0.0,
+        repetition_penalty=1.0,
+        logit_bias={},
+        suppress_until=0,
+        suppress=[],
+        top_logprobs=-1,
+        prompt_len=0,
+        history=b"",
+    )
