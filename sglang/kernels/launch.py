@@ -1,0 +1,41 @@
+"""Programmatic dependent launch: a kernel begins while the one before it in the stream ends.
+
+Between two small kernels of a CUDA graph lies a microsecond or more. A kernel launched with
+`**pdl(device)` may begin once all programs of its predecessor have called `launch_next`, or ended;
+before it reads what the predecessor wrote, and before it writes anything, it must call
+`wait_for_previous`, in every program: that waits for all earlier kernels to have ended.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+
+try:  # Triton 3.4 and later
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+except ImportError:
+    gdc_launch_dependents = gdc_wait = None
+
+
+@cache
+def pdl(device: torch.device) -> dict[str, bool]:
+    """Launch arguments of a kernel that has a constexpr PDL, which says whether it may be used."""
+    able = gdc_wait is not None and device.type == "cuda"
+    if able and torch.cuda.get_device_capability(device) >= (9, 0):
+        return {"PDL": True, "launch_pdl": True}
+    return {"PDL": False}
+
+
+@triton.jit
+def wait_for_previous(PDL: tl.constexpr):
+    if PDL:
+        gdc_wait()
+
+
+@triton.jit
+def launch_next(PDL: tl.constexpr):
+    if PDL:
+        gdc_launch_dependents()
