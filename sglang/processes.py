@@ -4,7 +4,8 @@
       └─ supervisor thread ── detokenizer, router, model worker 0..N-1
 
 A child's standard input brings it what to run; through a pipe it reports the exception that ended
-it. That pipe closes with the child however it ends, so the supervisor waits for nothing else. A
+it. That pipe closes with the child however it ends, so the supervisor waits for nothing else. Once
+it is ready, a child sends a heartbeat through it too: one that is stopped or stuck is noticed. A
 child does not import the caller's script (multiprocessing's spawn would), so an LLM works in
 scripts without a `__main__` guard, in notebooks and on a pipe.
 """
@@ -15,6 +16,7 @@ import contextlib
 import ctypes
 import importlib
 import logging
+import math
 import os
 import pickle
 import selectors
@@ -36,9 +38,14 @@ if TYPE_CHECKING:
     from sglang.model_config import ModelConfig
     from sglang.server_args import ServerArgs
 
+HEARTBEAT_SECONDS = 1.0
+SILENCE_SECONDS = 7.0
+"""A process that has begun to beat and then is silent for so long hangs."""
 TERMINATE_SECONDS = 2.0
 """After SIGTERM a child has so long before SIGKILL."""
 _BOOT = "from sglang.processes import child_main; child_main()"
+_BEAT = b"."  # a pickled report begins with another byte
+_report_fd = -1  # in a child: its pipe
 _PLAIN_ERRORS = (ValueError, OSError, MemoryError)
 """What a wrong flag, file or machine raises while an engine starts: the message alone is clear."""
 
@@ -126,23 +133,38 @@ class Supervisor:
                 for child in self._children:
                     process, report = self._spawn(child)
                     self._processes.append(process)
-                    selector.register(report, selectors.EVENT_READ, (child, process))
+                    selector.register(report, selectors.EVENT_READ, _Watched(child, process))
             except Exception as error:
                 self._start_error = error
                 self.kill()
                 return
             finally:
                 self._started.set()
+            last_turn = time.monotonic()
             while selector.get_map():
-                for key, _ in selector.select():
-                    child, process = key.data
+                events = selector.select(HEARTBEAT_SECONDS)
+                # Stopped itself (Ctrl-Z), the supervisor was the one who did not listen.
+                was_away = time.monotonic() - last_turn > SILENCE_SECONDS / 2
+                last_turn = time.monotonic()
+                for key, _ in events:
+                    watched = key.data
+                    if watched.read(key.fd):
+                        continue
                     selector.unregister(key.fileobj)
-                    with open(key.fd, "rb") as pipe:
-                        report = pipe.read()
-                    process.wait()
-                    if not self._stopping.is_set():
-                        self.kill()
-                        self._on_death(_death(child, process.returncode, report))
+                    os.close(key.fd)
+                    watched.process.wait()
+                    code, report = watched.process.returncode, watched.report
+                    self._died(_death(watched.child, code, report))
+                for key in list(selector.get_map().values()):
+                    if was_away:
+                        key.data.excuse()
+                    elif key.data.is_silent():
+                        self._died(Death(f"{key.data.child.name} hangs: no sign of life"))
+
+    def _died(self, death: Death) -> None:
+        if not self._stopping.is_set():
+            self.kill()
+            self._on_death(death)
 
     def _spawn(self, child: Child) -> tuple[subprocess.Popen, int]:
         read_end, write_end = os.pipe()
@@ -166,6 +188,31 @@ class Supervisor:
         return process, read_end
 
 
+class _Watched:
+    """A running child, and what came through its pipe."""
+
+    def __init__(self, child: Child, process: subprocess.Popen) -> None:
+        self.child = child
+        self.process = process
+        self.report = b""
+        self._last_beat = math.inf  # not before the first
+
+    def read(self, pipe: int) -> bool:
+        """False: the pipe is closed."""
+        data = os.read(pipe, 1 << 16)
+        self.report += data.lstrip(_BEAT) if not self.report else data
+        self._last_beat = time.monotonic()
+        return bool(data)
+
+    def excuse(self) -> None:
+        """Silence counts from now."""
+        if self._last_beat < math.inf:
+            self._last_beat = time.monotonic()
+
+    def is_silent(self) -> bool:
+        return time.monotonic() - self._last_beat > SILENCE_SECONDS
+
+
 def _death(child: Child, code: int, report: bytes) -> Death:
     if report:
         cause, trace, plain = pickle.loads(report)
@@ -181,7 +228,9 @@ def _death(child: Child, code: int, report: bytes) -> Death:
 def child_main() -> None:
     """Reads its job from standard input and does it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the launcher's to handle
+    global _report_fd
     parent, report_fd, child, log_level = pickle.load(sys.stdin.buffer)
+    _report_fd = report_fd
     os.set_inheritable(report_fd, False)  # or the pipe would outlive this process in its children
     _die_with(parent)
     _name_process(child.name)
@@ -199,6 +248,18 @@ def child_main() -> None:
         with open(report_fd, "wb") as pipe:
             pickle.dump(_describe(error), pipe)
         os._exit(1)  # not waiting for threads or sockets that a failure may have left stuck
+
+
+def start_heartbeat() -> None:
+    """Called in a child once it is ready: from then on it must show signs of life."""
+
+    def beat() -> None:
+        while True:
+            os.write(_report_fd, _BEAT)
+            time.sleep(HEARTBEAT_SECONDS)
+
+    if _report_fd >= 0:
+        threading.Thread(target=beat, name="heartbeat", daemon=True).start()
 
 
 def _describe(error: BaseException) -> tuple[str, str, bool]:

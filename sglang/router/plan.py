@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import chain
 
 import numpy as np
 
@@ -73,12 +74,8 @@ class PlanBuilder:
         rows = flight.rows()
         q_lens = np.array([c.end - c.start for c in self.chunks], dtype=np.int32)
         samples = np.array([c.samples for c in self.chunks], dtype=np.int32)
-        payload = np.concatenate(
-            [rows, q_lens, samples, self.decode_slots]
-            + self._prefill_slots
-            + self._cached_slots
-            + self._prefill_ids
-        )
+        lists = (self._prefill_slots, self._cached_slots, self._prefill_ids)
+        payload = np.concatenate([rows, q_lens, samples, self.decode_slots, *chain(*lists)])
         plan = StepPlan(
             step=self.step,
             opened=self.opened,

@@ -21,6 +21,7 @@ from sglang.messages import (
     encode,
 )
 from sglang.model_config import ModelConfig
+from sglang.processes import start_heartbeat
 from sglang.router.scheduler import Scheduler
 from sglang.server_args import ServerArgs
 
@@ -122,4 +123,5 @@ def run_router(args: ServerArgs, model: ModelConfig, addresses: Addresses) -> No
     )
     router = Router(context, addresses, workers, scheduler, args.overlap_depth)
     router.announce(EngineReady(ready.num_slots, ready.max_running_requests, model.context_len))
+    start_heartbeat()
     router.run()

@@ -12,6 +12,7 @@ import zmq
 from sglang.addresses import Addresses, bind_inbox, connect_outbox
 from sglang.messages import Decoder, Shutdown, ToWorker, WorkerReady, encode
 from sglang.model_config import ModelConfig
+from sglang.processes import start_heartbeat
 from sglang.server_args import ServerArgs
 from sglang.worker.parallel import TensorParallel
 from sglang.worker.runner import ModelRunner, PendingStep
@@ -66,6 +67,7 @@ def run_worker(args: ServerArgs, config: ModelConfig, addresses: Addresses, rank
         if config.device != "cpu":
             replies = Replies(context, addresses.results)
 
+    start_heartbeat()
     decoder = Decoder(ToWorker)
     while True:
         while not inbox.poll(IDLE_POLL_MS):

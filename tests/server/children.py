@@ -37,3 +37,10 @@ def ignore_sigterm(path: str) -> None:
     with open(path, "w") as file:
         file.write(str(os.getpid()))
     time.sleep(1000)
+
+
+def live() -> None:
+    from sglang.processes import start_heartbeat
+
+    start_heartbeat()
+    time.sleep(1000)

@@ -121,3 +121,13 @@ time.sleep(1000)
     while is_running(pid) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not is_running(pid)
+
+
+def test_a_child_that_hangs_is_noticed_and_named(supervise):
+    supervisor, deaths = supervise(("live",), ("live",))
+    with pytest.raises(queue.Empty):
+        deaths.get(timeout=3)  # long enough for both to have shown life
+    pids = supervisor.pids()
+    os.kill(pids["child 1"], signal.SIGSTOP)
+    assert deaths.get(timeout=10).message == "child 1 hangs: no sign of life"
+    assert not any(is_running(pid) for pid in pids.values())
