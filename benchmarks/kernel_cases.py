@@ -10,8 +10,17 @@ import itertools
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 
-from sglang.kernels import activation, decode_attention, extend_attention, norm, rope, sampling
+from sglang.kernels import (
+    activation,
+    decode_attention,
+    extend_attention,
+    gemv,
+    norm,
+    rope,
+    sampling,
+)
 
 Call = Callable[[], object]
 Timed = tuple[str, list[Call], float, float]
@@ -168,6 +177,29 @@ def silu_case(tokens: int, inner: int):
     return timed, flashinfer_timed
 
 
+def gemv_case(outputs: int, inputs: int, tokens: int, kind: str):
+    """kind: "plain", "norm" (with residual) or "gated" (that, and SwiGLU)."""
+    each = outputs * inputs * DTYPE.itemsize
+    weights = [randn(outputs, inputs) / inputs**0.5 for _ in range(copies(each))]
+    x, residual, norm_weight = randn(tokens, inputs), randn(tokens, inputs), randn(inputs)
+    rest = (None, None, None, 0.0, False)
+    if kind != "plain":
+        rest = (None, residual, norm_weight, 1e-6, kind == "gated")
+
+    def timed(name: str, config=None) -> Timed:
+        return (
+            name,
+            [lambda w=w: gemv.fused_linear_triton(x, w, *rest, config) for w in weights],
+            each,
+            0,
+        )
+
+    def cublas_timed(_) -> Timed:
+        return "cuBLAS alone", [lambda w=w: F.linear(x, w) for w in weights], each, 0
+
+    return timed, cublas_timed
+
+
 def sampling_case(rows: int, kind: str, vocab: int = 151936):
     """Logits as a model's are: most of the mass on a few tokens."""
     each = rows * vocab * DTYPE.itemsize
@@ -244,6 +276,25 @@ CASES: dict[str, tuple[Callable, list[tuple], list[tuple]]] = {
         silu_case,
         [*itertools.product((1, 64, 256, 4096, 16384), (3072,)), (4096, 12288)],
         [(1, 3072), (4096, 3072)],
+    ),
+    "gemv": (
+        gemv_case,
+        [
+            (*shape, tokens, kind)
+            for *shape, kind in (
+                (4096, 1024, "norm"),
+                (1024, 2048, "plain"),
+                (6144, 1024, "gated"),
+                (1024, 3072, "plain"),
+                (12288, 4096, "norm"),
+                (4096, 4096, "plain"),
+                (22016, 4096, "gated"),
+                (4096, 11008, "plain"),
+                (151936, 1024, "plain"),
+            )
+            for tokens in (1, 4, 8)
+        ],
+        [(4096, 1024, 1, "norm"), (22016, 4096, 1, "gated")],
     ),
     "sampling": (
         sampling_case,

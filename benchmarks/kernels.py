@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from kernel_cases import CASES, Call, Timed, randn
 
-from sglang.kernels import decode_attention, extend_attention
+from sglang.kernels import decode_attention, extend_attention, gemv
 
 
 def seconds_per_call(calls: list[Call], budget: float = 0.03) -> float:
@@ -110,21 +110,45 @@ def sweep_candidates(section: str) -> Iterator[tuple[tuple, list[tuple[str, dict
             )
     elif section == "extend":
         Config = extend_attention.ExtendConfig
-        tiles = [
-            (128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 8, 4), (128, 128, 8, 2), (128, 128, 8, 3),
-            (128, 32, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2), (128, 64, 4, 2),
+        long = [
+            (128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 4, 2), (128, 64, 4, 3), (64, 64, 4, 3),
+            (128, 64, 8, 3), (64, 128, 4, 2), (128, 256, 8, 2),
         ]  # fmt: skip
-        for shape in ((16384, 0, 32, 8, 128), (4096, 0, 32, 8, 128), (512, 0, 16, 8, 128, 16)):
-            yield shape, [(f"{tile}", {"config": Config(*tile, pack=False)}) for tile in tiles]
-        short = [(16, 64, 4, 2), (16, 64, 4, 3), (32, 64, 4, 3), (64, 64, 4, 3), (128, 64, 8, 3)]
-        for shape in ((16, 4096, 32, 8, 128), (16, 4096, 32, 8, 128, 32), (128, 8192, 32, 8, 128)):
-            yield (
-                shape,
-                [
-                    (f"{tile} pack={pack}", {"config": Config(*tile, pack=pack)})
-                    for tile, pack in itertools.product(short, (True, False))
-                ],
-            )
+        short = [
+            (16, 64, 4, 3), (16, 64, 4, 4), (16, 128, 4, 3), (32, 64, 4, 3), (32, 128, 4, 2),
+            (64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 3),
+        ]  # fmt: skip
+        for tiles, shapes in (
+            (long, ((4096, 0, 32, 8, 128), (4096, 0, 16, 8, 128), (16384, 0, 32, 32, 128))),
+            (long, ((512, 0, 16, 8, 128, 16), (1024, 0, 16, 8, 128, 8), (128, 0, 16, 8, 128))),
+            (short, ((64, 2048, 16, 8, 128, 256), (128, 8192, 32, 8, 128))),
+            (short, ((16, 4096, 32, 8, 128), (16, 4096, 32, 8, 128, 32))),
+        ):
+            for shape in shapes:
+                yield (
+                    shape,
+                    [
+                        (f"{tile} pack={pack}", {"config": Config(*tile, pack=pack)})
+                        for tile, pack in itertools.product(tiles, (True, False))
+                        if pack or tiles is long
+                        if shape[2] > shape[3] or not pack
+                    ],
+                )
+    elif section == "gemv":
+        for *shape, kind in (
+            (4096, 1024, "norm"), (1024, 2048, "plain"), (6144, 1024, "gated"),
+            (1024, 3072, "plain"), (22016, 4096, "gated"), (4096, 11008, "plain"),
+            (12288, 4096, "norm"), (4096, 4096, "plain"),
+        ):  # fmt: skip
+            for tokens in (1, 8):
+                yield (
+                    (*shape, tokens, kind),
+                    [
+                        (f"n{n} w{w}", {"config": gemv.GemvConfig(n, w)})
+                        for n, w in itertools.product((1, 2, 4, 8, 16), (2, 4, 8, 16))
+                        if 1 << 10 <= n * shape[1] <= 1 << 15 and w * 1024 <= n * shape[1] * 4
+                    ],
+                )
     elif section == "norm":
         for shape in ((1, 1024), (256, 1024), (256, 4096), (4096, 4096)):
             yield shape, [(f"w{w}", {"num_warps": w}) for w in (1, 2, 4, 8, 16)]
@@ -203,7 +227,7 @@ def compare(report: Report, sections: list[str], quick: bool, flashinfer) -> Non
                 traceback.print_exc()
                 continue
             report.attempt(section, shape, partial(timed, "ours"))
-            if flashinfer is not None and theirs is not None:
+            if theirs is not None and (flashinfer is not None or section == "gemv"):
                 report.attempt(section, shape, partial(theirs, flashinfer))
         torch.cuda.empty_cache()
 
