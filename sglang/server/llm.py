@@ -61,6 +61,7 @@ class LLM:
         self._failure = _Failure(args.log_level)
         processes = EngineProcesses(args, self.model, self._failure, detokenizer=False)
         context = zmq.Context()
+        self._pids = processes.pids
         self._stop = weakref.finalize(self, _stop, processes, context)
         try:
             addresses = processes.addresses
@@ -153,6 +154,10 @@ class LLM:
             self._check_alive()
             self._router.send(encode(GetStats()))
             return self._answer(Stats)
+
+    def pids(self) -> dict[str, int]:
+        """Of the engine's processes, by name."""
+        return self._pids()
 
     def shutdown(self) -> None:
         """Ends the processes. So does the end of the script, or of the last reference to this."""
