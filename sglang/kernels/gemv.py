@@ -22,6 +22,11 @@ MAX_TOKENS = 8
 """With more, matrix multiplication on tensor cores is quicker."""
 
 
+def is_few(x: torch.Tensor) -> bool:
+    """Whether fused_linear is the quick way for the tokens x [T, K]."""
+    return x.is_cuda and x.shape[0] <= MAX_TOKENS and x.dtype.itemsize == 2
+
+
 def fused_linear(
     x: torch.Tensor,
     weight: torch.Tensor,

@@ -52,16 +52,24 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(f"{name}.k_norm", head_dim, self.eps, dtype, device)
 
     def forward(
-        self, x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, batch: Batch
-    ) -> torch.Tensor:
-        """x [T, H] -> [T, H]; the tokens' K and V go into batch.kv_cache."""
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None,
+        norm: RMSNorm,
+        positions: torch.Tensor,
+        cos_sin: torch.Tensor,
+        batch: Batch,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """x, residual [T, H] -> (attention of norm(x + residual), x + residual); the tokens' K and
+        V go into batch.kv_cache."""
+        qkv, residual = self.qkv_proj.normed(x, residual, norm)
         k_cache, v_cache = batch.kv_cache.k[self.layer], batch.kv_cache.v[self.layer]
         q = rope_and_write_kv(
-            self.qkv_proj(x), positions, batch.slots, cos_sin, k_cache, v_cache,
+            qkv, positions, batch.slots, cos_sin, k_cache, v_cache,
             self.num_heads, self.num_kv_heads,
             None if self.q_norm is None else self.q_norm.weight,
             None if self.k_norm is None else self.k_norm.weight,
             self.eps,
         )  # fmt: skip  # [T, Hq, D]
         out = batch.attention.forward(q, k_cache, v_cache, batch, self.scale, self.window)
-        return self.o_proj(out)
+        return self.o_proj(out), residual

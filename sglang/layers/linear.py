@@ -14,6 +14,7 @@ from sglang.layers.shard import WHOLE, Shard
 from sglang.quantization.base import LinearMethod, Quantization
 
 if TYPE_CHECKING:
+    from sglang.layers.norm import RMSNorm
     from sglang.models.checkpoint import Checkpoint
     from sglang.worker.parallel import TensorParallel
 
@@ -71,6 +72,13 @@ class Linear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.method.apply(self, x, self.bias)
+
+    def normed(
+        self, x: torch.Tensor, residual: torch.Tensor | None, norm: RMSNorm, gated: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """x, residual [T, in] -> (this layer of norm(x + residual), x + residual). `gated`: of
+        outputs (gate | up), silu(gate) * up."""
+        return self.method.apply_normed(self, x, self.bias, norm, residual, gated)
 
 
 class QKVLinear(Linear):

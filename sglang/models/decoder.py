@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from sglang.kernels.activation import silu_and_mul
 from sglang.layers.attention import Attention
 from sglang.layers.embedding import OutputHead, VocabParallelEmbedding
 from sglang.layers.linear import GateUpLinear, RowParallelLinear
@@ -43,9 +42,12 @@ class MLP(nn.Module):
             f"{name}.down_proj", inner, hidden, *where, bias=config.mlp_bias
         )
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[T, H] -> [T, H]."""
-        return self.down_proj(silu_and_mul(self.gate_up_proj(x)))
+    def forward(
+        self, x: torch.Tensor, residual: torch.Tensor, norm: RMSNorm
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """x, residual [T, H] -> (the MLP of norm(x + residual), x + residual)."""
+        x, residual = self.gate_up_proj.normed(x, residual, norm, gated=True)
+        return self.down_proj(x), residual
 
 
 class DecoderLayer(nn.Module):
@@ -76,10 +78,9 @@ class DecoderLayer(nn.Module):
         batch: Batch,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The layer's input is x + residual, [T, H]; so is what it returns."""
-        x, residual = self.input_layernorm(x, residual)
-        x = self.self_attn(x, positions, cos_sin, batch)
-        x, residual = self.post_attention_layernorm(x, residual)
-        return self.mlp(x), residual
+        norm = self.input_layernorm
+        x, residual = self.self_attn(x, residual, norm, positions, cos_sin, batch)
+        return self.mlp(x, residual, self.post_attention_layernorm)
 
 
 class Decoder(nn.Module):

@@ -14,8 +14,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from sglang.kernels.activation import silu_and_mul
+
 if TYPE_CHECKING:
     from sglang.layers.linear import Linear, Part
+    from sglang.layers.norm import RMSNorm
     from sglang.models.checkpoint import Checkpoint
 
 
@@ -46,6 +49,21 @@ class LinearMethod(ABC):
         self, layer: Linear, x: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:  # fmt: skip
         """x [T, in_features of this rank] -> x W^T + bias, [T, out_features of this rank]."""
+
+    def apply_normed(
+        self,
+        layer: Linear,
+        x: torch.Tensor,
+        bias: torch.Tensor | None,
+        norm: RMSNorm,
+        residual: torch.Tensor | None,
+        gated: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """x, residual [T, in_features] -> (apply(norm(x + residual)), x + residual); of outputs
+        that are (gate | up), `gated` makes silu(gate) * up. A method may do this in one kernel."""
+        x, residual = norm(x, residual)
+        out = self.apply(layer, x, bias)
+        return silu_and_mul(out) if gated else out, residual
 
     def finish(self, layer: Linear) -> None:  # noqa: B027
         """After loading: repack the layer's parameters into what `apply` wants."""

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
+from sglang.kernels.gemv import fused_linear, is_few
 from sglang.quantization.base import LinearMethod, Quantization, StoredTensor
 
 if TYPE_CHECKING:
     from sglang.layers.linear import Linear
+    from sglang.layers.norm import RMSNorm
 
 
 class Unquantized(LinearMethod, Quantization):
@@ -33,9 +35,24 @@ class Unquantized(LinearMethod, Quantization):
             del layer.weight
 
     def apply(self, layer: Linear, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        if is_few(x):
+            return fused_linear(x, layer.weight, bias)[0]
         if layer.packed is None:
             return F.linear(x, layer.weight, bias)
         return torch.ops.mkldnn._linear_pointwise(x, layer.packed, bias, "none", [], "")
+
+    def apply_normed(
+        self,
+        layer: Linear,
+        x: torch.Tensor,
+        bias: torch.Tensor | None,
+        norm: RMSNorm,
+        residual: torch.Tensor | None,
+        gated: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if is_few(x):
+            return fused_linear(x, layer.weight, bias, residual, norm.weight, norm.eps, gated)
+        return super().apply_normed(layer, x, bias, norm, residual, gated)
 
 
 def _onednn_can(dtype: torch.dtype) -> bool:
