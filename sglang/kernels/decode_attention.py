@@ -1,7 +1,7 @@
 """Attention of one new token a row over the row's cached tokens.
 
 Flash-decoding (Dao et al., 2023): programs share a row's tokens out among themselves, each keeps an
-online softmax over its split, and a second small kernel merges the splits. The query heads that
+online softmax over its split, and the one that ends last merges the splits. The query heads that
 share a KV head are one tile, so K and V are read once.
 """
 
@@ -14,6 +14,8 @@ from functools import cache
 import torch
 import triton
 import triton.language as tl
+
+from sglang.kernels.launch import launch_next, pdl, wait_for_previous
 
 
 def decode_attention(
@@ -80,27 +82,29 @@ def decode_config(
     device: torch.device, num_rows: int, num_kv_heads: int, head_dim: int, max_len: int
 ) -> DecodeConfig:
     sms = torch.cuda.get_device_properties(device).multi_processor_count
-    # Enough programs to fill the device many times over, and no more: each empty one costs a bit.
-    fill = triton.next_power_of_2(triton.cdiv(32 * sms, num_rows * num_kv_heads))
-    most = triton.next_power_of_2(triton.cdiv(sms, 4))
-    needed = triton.next_power_of_2(triton.cdiv(max_len, 256))
+    block_n = 128 if head_dim <= 128 else 32
+    # About two programs an SM; with many rows, further splits only for those that are very long.
+    fill = max(2 * sms // (num_rows * num_kv_heads), 1)
+    split_tokens = 128 if fill >= 16 else 256 if fill >= 4 else 1024
+    splits = max(1 << fill.bit_length() - 1, 4)
     return DecodeConfig(
-        block_n=64 if head_dim <= 128 else 32,
+        block_n,
         num_warps=4,
-        num_stages=3,
-        max_splits=min(most, max(fill, 8), needed),
+        num_stages=2,
+        max_splits=min(splits, triton.next_power_of_2(triton.cdiv(max_len, split_tokens))),
+        split_tokens=split_tokens,
     )
 
 
-@triton.jit
-def _split_size(seen, max_splits, split_tokens, BLOCK_N: tl.constexpr):
-    """Tokens a split has, a multiple of BLOCK_N, for a row that sees this many."""
-    return tl.maximum(tl.cdiv(seen, max_splits * BLOCK_N) * BLOCK_N, split_tokens)
+@cache
+def _counters(device: torch.device, count: int) -> torch.Tensor:
+    """int32 zeros, which every launch leaves as zeros; launches share them, in one stream."""
+    return torch.zeros(count, dtype=torch.int32, device=device)
 
 
 # What varies from step to step, alignment included, must not compile a kernel anew.
 @triton.jit(
-    do_not_specialize=["max_splits", "split_tokens"],
+    do_not_specialize=["split_tokens"],
     do_not_specialize_on_alignment=["rows_ptr", "lens_ptr"],
 )
 def _decode_kernel(
@@ -110,14 +114,14 @@ def _decode_kernel(
     table_ptr,
     rows_ptr,
     lens_ptr,
-    partial_ptr,  # float32 [n, HQ, max_splits, D], normalised within its split
-    lse_ptr,  # float32 [n, HQ, max_splits], log2 of the split's sum of exponentials
+    partial_ptr,  # float32 [n, HQ, MAX_SPLITS, D], normalised within its split
+    lse_ptr,  # float32 [n, HQ, MAX_SPLITS], log2 of the split's sum of exponentials
+    ended_ptr,  # int32 [n, head blocks], splits that have ended
+    out_ptr,  # [n, HQ, D] contiguous
     q_stride,
-    k_stride,
-    v_stride,
+    kv_stride,  # of a slot, in both caches
     table_stride,
     scale_log2,
-    max_splits,
     split_tokens,
     WINDOW: tl.constexpr,
     HQ: tl.constexpr,
@@ -126,7 +130,11 @@ def _decode_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    launch_next(PDL)
+    wait_for_previous(PDL)
     HEAD_BLOCKS: tl.constexpr = (GROUP + BLOCK_H - 1) // BLOCK_H
     kv_head = tl.program_id(0) // HEAD_BLOCKS
     i = tl.program_id(1).to(tl.int64)
@@ -135,11 +143,13 @@ def _decode_kernel(
     first = 0
     if WINDOW > 0:
         first = tl.maximum(kv_len - WINDOW, 0)
-    size = _split_size(kv_len - first, max_splits, split_tokens, BLOCK_N)
+    # Tokens of a split, a multiple of BLOCK_N.
+    size = tl.maximum(tl.cdiv(kv_len - first, MAX_SPLITS * BLOCK_N) * BLOCK_N, split_tokens)
+    splits = tl.maximum(tl.cdiv(kv_len - first, size), 1)
+    if split >= splits:
+        return
     start = first + split * size
     end = tl.minimum(start + size, kv_len)
-    if start >= end:
-        return
 
     in_group = (tl.program_id(0) % HEAD_BLOCKS) * BLOCK_H + tl.arange(0, BLOCK_H)
     head = kv_head * GROUP + in_group
@@ -160,58 +170,51 @@ def _decode_kernel(
     for at in tl.range(start, end, BLOCK_N):
         seen = at + n < end
         mask = seen[:, None] & (d[None, :] < D)
-        offset = slots.to(tl.int64)[:, None]
-        k = tl.load(k_base + offset * k_stride, mask=mask, other=0.0)  # [BLOCK_N, BLOCK_D]
-        v = tl.load(v_base + offset * v_stride, mask=mask, other=0.0)
+        offset = (slots.to(tl.int64) * kv_stride)[:, None]
+        k = tl.load(k_base + offset, mask=mask, other=0.0)  # [BLOCK_N, BLOCK_D]
+        v = tl.load(v_base + offset, mask=mask, other=0.0)
         ahead = at + BLOCK_N + n
         slots = tl.load(table + ahead, mask=ahead < end, other=0)
-        scores = tl.dot(q, tl.trans(k)) * scale_log2
+        scores = tl.dot(q, tl.trans(k.to(q.dtype))) * scale_log2
         scores = tl.where(seen[None, :], scores, -float("inf"))
         new_most = tl.maximum(most, tl.max(scores, 1))
         weights = tl.exp2(scores - new_most[:, None])
         shrink = tl.exp2(most - new_most)
         total = total * shrink + tl.sum(weights, 1)
-        acc = acc * shrink[:, None] + tl.dot(weights.to(v.dtype), v)
+        acc = acc * shrink[:, None] + tl.dot(weights.to(q.dtype), v.to(q.dtype))
         most = new_most
 
-    at_split = (i * HQ + head) * max_splits + split
-    partial_at = partial_ptr + at_split[:, None] * D + d[None, :]
-    tl.store(partial_at, acc / total[:, None], mask=q_mask)
+    # A row of padding has no token at all, and gets zeros.
+    acc = acc / tl.where(total > 0, total, 1.0)[:, None]
+    dtype = out_ptr.dtype.element_ty
+    if splits == 1:
+        out_at = out_ptr + (i * HQ + head)[:, None] * D + d[None, :]
+        tl.store(out_at, acc.to(dtype), mask=q_mask)
+        return
+
+    at_split = (i * HQ + head) * MAX_SPLITS + split
+    tl.store(partial_ptr + at_split[:, None] * D + d[None, :], acc, mask=q_mask)
     tl.store(lse_ptr + at_split, most + tl.log2(total), mask=in_group < GROUP)
+    tl.debug_barrier()  # the stores of all threads come before the count
+    ended_at = ended_ptr + i * tl.num_programs(0) + tl.program_id(0)
+    if tl.atomic_add(ended_at, 1, sem="acq_rel") < splits - 1:
+        return
+    tl.store(ended_at, 0)
 
-
-@triton.jit(do_not_specialize=["split_tokens"], do_not_specialize_on_alignment=["lens_ptr"])
-def _merge_kernel(
-    partial_ptr,
-    lse_ptr,
-    lens_ptr,
-    out_ptr,  # [n, HQ, D] contiguous
-    split_tokens,
-    WINDOW: tl.constexpr,
-    HQ: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    MAX_SPLITS: tl.constexpr,
-):
-    at = tl.program_id(1).to(tl.int64) * HQ + tl.program_id(0)
-    kv_len = tl.load(lens_ptr + tl.program_id(1))
-    seen = kv_len
-    if WINDOW > 0:
-        seen = tl.minimum(kv_len, WINDOW)
-    size = _split_size(seen, MAX_SPLITS, split_tokens, BLOCK_N)
-    split = tl.arange(0, MAX_SPLITS)
-    d = tl.arange(0, BLOCK_D)
-    used = split * size < seen
-    mask = used[:, None] & (d[None, :] < D)
-    lse = tl.load(lse_ptr + at * MAX_SPLITS + split, mask=used, other=-1.0e30)
-    tile = partial_ptr + (at * MAX_SPLITS + split[:, None]) * D + d[None, :]
-    partial = tl.load(tile, mask=mask, other=0.0)
-    weights = tl.where(used, tl.exp2(lse - tl.max(lse, 0)), 0.0)
-    # A row of padding has no split at all, and gets zeros.
-    total = tl.where(kv_len > 0, tl.sum(weights, 0), 1.0)
-    out = tl.sum(weights[:, None] * partial, 0) / total
-    tl.store(out_ptr + at * D + d, out.to(out_ptr.dtype.element_ty), mask=d < D)
+    s = tl.arange(0, MAX_SPLITS)
+    used = s < splits
+    first_head = (tl.program_id(0) % HEAD_BLOCKS) * BLOCK_H
+    for h in range(first_head, tl.minimum(first_head + BLOCK_H, GROUP)):
+        at_head = i * HQ + kv_head * GROUP + h
+        # Past the L1, which other SMs' stores do not reach.
+        lse_at = lse_ptr + at_head * MAX_SPLITS + s
+        lse = tl.load(lse_at, mask=used, other=-1.0e30, cache_modifier=".cg")
+        tile = partial_ptr + (at_head * MAX_SPLITS + s[:, None]) * D + d[None, :]
+        partial_mask = used[:, None] & (d[None, :] < D)
+        partial = tl.load(tile, mask=partial_mask, other=0.0, cache_modifier=".cg")
+        share = tl.exp2(lse - tl.max(lse, 0))
+        out = tl.sum(share[:, None] * partial, 0) / tl.sum(share, 0)
+        tl.store(out_ptr + at_head * D + d, out.to(dtype), mask=d < D)
 
 
 def decode_attention_triton(
@@ -233,29 +236,26 @@ def decode_attention_triton(
     out = torch.empty(num_rows, num_q_heads, dim, dtype=q.dtype, device=q.device)
     if num_rows == 0:
         return out
+    heads = num_kv_heads * triton.cdiv(group, 16)
     f32 = {"dtype": torch.float32, "device": q.device}
     partial = torch.empty(num_rows, num_q_heads, config.max_splits, dim, **f32)
     lse = torch.empty(num_rows, num_q_heads, config.max_splits, **f32)
-    cut = {
-        "WINDOW": window,
-        "HQ": num_q_heads,
-        "D": dim,
-        "BLOCK_D": triton.next_power_of_2(dim),
-        "BLOCK_N": config.block_n,
-    }
+    ended = _counters(q.device, max(1 << 15, triton.next_power_of_2(num_rows * heads)))
     # Heads first: programs side by side then read neighbouring parts of the same slots.
-    _decode_kernel[(num_kv_heads * triton.cdiv(group, 16), num_rows, config.max_splits)](
-        q, k_cache, v_cache, slot_table, rows, kv_lens, partial, lse,
-        q.stride(0), k_cache.stride(0), v_cache.stride(0), slot_table.stride(0),
-        scale * math.log2(math.e), config.max_splits, config.split_tokens,
+    _decode_kernel[(heads, num_rows, config.max_splits)](
+        q, k_cache, v_cache, slot_table, rows, kv_lens, partial, lse, ended, out,
+        q.stride(0), k_cache.stride(0), slot_table.stride(0),
+        scale * math.log2(math.e), config.split_tokens,
+        WINDOW=window,
+        HQ=num_q_heads,
         GROUP=group,
+        D=dim,
         BLOCK_H=16,  # the least that tensor cores take
+        BLOCK_D=triton.next_power_of_2(dim),
+        BLOCK_N=config.block_n,
+        MAX_SPLITS=config.max_splits,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        **cut,
-    )  # fmt: skip
-    _merge_kernel[(num_q_heads, num_rows)](
-        partial, lse, kv_lens, out, config.split_tokens,
-        MAX_SPLITS=config.max_splits, num_warps=4, **cut,
+        **pdl(q.device),
     )  # fmt: skip
     return out

@@ -130,8 +130,8 @@ def _gemv_kernel(
     if NORM:
         norm = tl.load(norm_ptr + k, mask=in_k, other=0.0).to(tl.float32)
     # Weights are never written: only what comes next depends on the kernels before.
-    wait_for_previous(PDL)
     launch_next(PDL)
+    wait_for_previous(PDL)
 
     dtype = out_ptr.dtype.element_ty
     for t in tl.static_range(T):

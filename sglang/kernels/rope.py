@@ -8,6 +8,8 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from sglang.kernels.launch import launch_next, pdl, wait_for_previous
+
 
 def rope_and_write_kv(
     qkv: torch.Tensor,
@@ -94,7 +96,10 @@ def _rope_kernel(
     NORM: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    launch_next(PDL)
+    wait_for_previous(PDL)
     # A program has one token and BLOCK_H of its heads, be they of q, k or v.
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -176,5 +181,6 @@ def rope_and_write_kv_triton(
         BLOCK_H=block_h,
         BLOCK_HALF=block_half,
         num_warps=num_warps or min(max(block_h * block_half // 256, 1), 8),
+        **pdl(qkv.device),
     )  # fmt: skip
     return q
