@@ -46,6 +46,7 @@ class ServerArgs:
     )
     trust_remote_code: bool = _flag(False, "let a checkpoint's own tokenizer code run")
     tp_size: int = _flag(1, "tensor-parallel ranks", "--tp", "--tensor-parallel-size")
+    check_ranks: bool = _flag(False, "compare the ranks' tokens at every step, for debugging")
 
     # HTTP
     host: str = _flag("127.0.0.1", "address to listen on")

@@ -39,3 +39,12 @@ class TensorParallel:
         parts = [torch.empty_like(x) for _ in range(self.size)]
         dist.all_gather(parts, x.contiguous())
         return torch.cat(parts, dim=dim)
+
+    def assert_same(self, tokens: torch.Tensor) -> None:
+        """Raises RuntimeError, on every rank, if `tokens` [n] are not the same on all. Waits."""
+        mine = tokens.contiguous()
+        if self.size > 1:
+            parts = [torch.empty_like(mine) for _ in range(self.size)]
+            dist.all_gather(parts, mine)
+            if any(not torch.equal(part, parts[0]) for part in parts):
+                raise RuntimeError(f"ranks sampled different tokens: {[p.tolist() for p in parts]}")

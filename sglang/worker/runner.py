@@ -67,6 +67,8 @@ class ModelRunner:
 
     def __init__(self, args: ServerArgs, config: ModelConfig, tp: TensorParallel) -> None:
         self.device = torch.device(config.device, tp.rank if config.device == "cuda" else None)
+        self.tp = tp
+        self.checks_ranks = args.check_ranks
         limits = Limits.of(args, self.device)
         dtype = getattr(torch, config.dtype)
 
@@ -274,6 +276,8 @@ class ModelRunner:
         logprobs: RowLogprobs | None,
         wanted: np.ndarray | None = None,
     ) -> PendingStep:
+        if self.checks_ranks:
+            self.tp.assert_same(tokens)
         if self.device.type != "cuda":
             return PendingStep(step, tokens, wanted, logprobs, None)
 

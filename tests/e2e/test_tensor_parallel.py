@@ -24,6 +24,7 @@ def tokens_of(path: str, tp_size: int, vocabulary: int, **flags) -> list[list[li
     seeded = [greedy | {"temperature": 1.0, "top_k": 20, "seed": i} for i in range(12)]
     prompts = prompts_of(vocabulary)
     flags = {"device": "cpu", "dtype": "float32", "skip_tokenizer_init": True, **flags}
+    flags["check_ranks"] = True
     with sglang.LLM(path, tp_size=tp_size, **flags) as llm:
         replies = [llm.generate(prompts, params, use_tqdm=False) for params in (greedy, seeded)]
         assert llm.stats().preemptions > 0
