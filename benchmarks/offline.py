@@ -204,6 +204,8 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
     args.only = set(args.only.split(","))
     if unknown := args.only - set(WORKLOADS):
         parser.error(f"no workload {', '.join(unknown)}; there are: {', '.join(WORKLOADS)}")
+    if args.compare and args.scale != 1.0:
+        parser.error("--compare is for the whole work: leave out --scale")
     if args.compare:
         try:
             args.compare = references(args.compare, args.model)
