@@ -14,7 +14,6 @@ import json
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -81,31 +80,28 @@ def sweep_candidates(section: str) -> Iterator[tuple[tuple, list[tuple[str, dict
     """(case arguments, [(label, keyword arguments of `timed`)])."""
     if section == "decode":
         Config = decode_attention.DecodeConfig
-        tiles = [
-            (n, w, s)
-            for n, w in ((32, 2), (32, 4), (64, 4), (64, 8), (128, 4), (128, 8))
-            for s in (2, 3, 4, 5)
-            if n * s <= 384
-        ]
-        best = (64, 4, 3)
+        tiles = [(32, 4, 3), (64, 4, 2), (64, 4, 3), (128, 4, 2), (128, 4, 3), (128, 8, 2)]
         for shape in ((64, 2048, 16, 8, 128), (1, 4096, 16, 8, 128), (64, 2048, 32, 32, 128)):
-            yield shape, [(f"n{n} w{w} s{s}", {"config": Config(n, w, s, 16)}) for n, w, s in tiles]
+            splits = (32, 128) if shape[0] == 1 else (4, 1024)
+            configs = [Config(*tile, *splits) for tile in tiles]
+            yield (
+                shape,
+                [(f"{tile}", {"config": c}) for tile, c in zip(tiles, configs, strict=True)],
+            )
         for shape in (
-            (1, 1024, 16, 8, 128), (1, 4096, 16, 8, 128), (8, 2048, 16, 8, 128),
-            (64, 2048, 16, 8, 128), (256, 2048, 16, 8, 128), (256, 128, 16, 8, 128),
-            (256, 2048, 32, 4, 128), (1, 32768, 16, 8, 128),
+            (1, 160, 16, 8, 128), (1, 1024, 16, 8, 128), (1, 4096, 16, 8, 128),
+            (1, 160, 32, 32, 128), (1, 2048, 32, 32, 128), (8, 2048, 16, 8, 128),
+            (64, 2048, 16, 8, 128), (256, 2048, 16, 8, 128), (256, 400, 16, 8, 128),
+            (256, 400, 32, 32, 128), (1, 32768, 16, 8, 128),
         ):  # fmt: skip
-            config = Config(*best, 1)
             yield (
                 shape,
                 [
-                    (
-                        f"splits {m} of {t}",
-                        {"config": replace(config, max_splits=m, split_tokens=t)},
-                    )
-                    for m in (1, 2, 4, 8, 16, 32, 64)
-                    for t in (128, 256, 512)
-                    if m > 1 or t == 256
+                    (f"n{n} splits {m} of {t}", {"config": Config(n, 4, s, m, t)})
+                    for n, s in ((64, 3), (128, 2))
+                    for m in ((8, 32, 64) if shape[0] == 1 else (1, 2, 4, 8))
+                    for t in ((64, 128, 256) if shape[0] == 1 else (256, 1024))
+                    if t >= n and (m > 1 or t == 256)
                 ],
             )
     elif section == "extend":
