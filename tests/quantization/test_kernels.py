@@ -1,0 +1,76 @@
+"""Every quantized product against its naive twin, over random shapes."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from sglang.kernels import int4
+from tests.kernels.common import DEVICE, DTYPES, GPU, assert_close, randn, seeds
+
+
+def random_int4(n: int, k: int, group: int, dtype: torch.dtype) -> int4.Int4Weight:
+    groups = -(-k // group)
+    q = torch.randint(0, 16, (n, k), device=DEVICE)
+    scales = (torch.rand(groups, n, device=DEVICE) * 0.1 + 0.05).to(dtype)
+    zeros = torch.randint(0, 16, (groups, n), device=DEVICE).to(dtype)
+    return int4.Int4Weight(int4.pack_int4(q), scales, zeros, k, group)
+
+
+def random_case(seed: int) -> tuple[int4.Int4Weight, torch.dtype]:
+    random.seed(seed)
+    torch.manual_seed(seed)
+    group = random.choice([32, 64, 128, -1])
+    k = random.choice([2, 4, 6, 18] if GPU else [2, 4]) * 64
+    k = max(k, group)
+    n = random.choice([16, 40, 64, 136])
+    dtype = random.choice(DTYPES)
+    return random_int4(n, k, k if group == -1 else group, dtype), dtype
+
+
+def test_packing_is_undone_by_unpacking():
+    q = torch.randint(0, 16, (5, 160))
+    assert torch.equal(int4.unpack_int4(int4.pack_int4(q))[:, :160], q.to(torch.uint8))
+
+
+@pytest.mark.parametrize("seed", seeds(6, 20))
+def test_int4_gemv(seed):
+    w, dtype = random_case(seed)
+    tokens = random.choice([1, 2, 3])
+    x = randn(tokens, w.num_inputs, dtype=dtype) * 0.2
+    bias = randn(len(w.packed), dtype=dtype) if seed % 2 else None
+    config = int4.GemvConfig(4, random.choice([64, 256]), 4)
+    out = int4.int4_linear_triton(x, w, bias, config)
+    assert_close(out, int4.int4_linear_naive(x, w, bias))
+
+
+@pytest.mark.parametrize("seed", seeds(8, 24))
+def test_int4_dot(seed):
+    w, dtype = random_case(seed)
+    tokens = random.choice([3, 16, 21, 40])
+    x = randn(tokens, w.num_inputs, dtype=dtype) * 0.2
+    bias = randn(len(w.packed), dtype=dtype) if seed % 2 else None
+    config = int4.DotConfig(random.choice([16, 32]), 64, random.choice([1, 2, 3]), 4, 2)
+    expected = int4.int4_linear_naive(x, w, bias)
+    for _ in range(2):  # the second time it finds the counters as the first one left them
+        assert_close(int4.int4_linear_triton(x, w, bias, config), expected)
+
+
+@pytest.mark.parametrize("seed", seeds(4, 12))
+def test_int4_dequantize(seed):
+    w, dtype = random_case(seed)
+    expected = int4.dequantize_int4_naive(w, dtype)
+    assert_close(int4.dequantize_int4_triton(w, dtype), expected)
+    assert_close(int4.dequantize_int4_triton(w, dtype, 2, 2), expected)
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 33, 300])
+def test_int4_linear_chooses_a_way_for_any_number_of_tokens(tokens):
+    torch.manual_seed(tokens)
+    w = random_int4(72, 192, 64, DTYPES[0])
+    x = randn(tokens, 192, dtype=DTYPES[0]) * 0.2
+    assert_close(int4.int4_linear(x, w), int4.int4_linear_naive(x, w))
+    if tokens <= 33:
+        assert_close(int4.int4_linear_triton(x, w), int4.int4_linear_naive(x, w))
