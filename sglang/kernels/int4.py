@@ -1,4 +1,4 @@
-"""Products with 4-bit weights: y = x W^T + bias, W[n, k] = (q[n, k] - zero[group, n]) scale[group, n].
+"""Products with 4-bit weights: y = x W^T + bias, W[n, k] = (q[n, k] - zero[g, n]) scale[g, n].
 
 One layout, whatever the checkpoint's was. A row of W is cut into blocks of 64 inputs; byte j of a
 block's 32 holds the nibbles of two inputs that are half a block apart, so a tile of bytes becomes
@@ -172,8 +172,8 @@ def _gemv_kernel(
     out_ptr,  # [T, N]
     num_tokens,
     x_stride,
-    N: tl.constexpr,
-    K: tl.constexpr,
+    N,
+    K,
     GROUP: tl.constexpr,
     T: tl.constexpr,  # at least num_tokens
     BIAS: tl.constexpr,
@@ -181,7 +181,7 @@ def _gemv_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    ROW: tl.constexpr = (K + 63) // 64 * 32  # bytes
+    ROW = (K + 63) // 64 * 32  # bytes
     BLOCKS: tl.constexpr = BLOCK_K // 64
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     in_n = n < N
@@ -252,8 +252,8 @@ def _dot_kernel(
     arrived_ptr,  # int32, zero
     num_tokens,
     x_stride,
-    N: tl.constexpr,
-    K: tl.constexpr,
+    N,
+    K,
     GROUP: tl.constexpr,
     BIAS: tl.constexpr,
     ASM: tl.constexpr,
@@ -261,11 +261,12 @@ def _dot_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr,  # K is a multiple of BLOCK_K
     NUM_STAGES: tl.constexpr,
 ):
-    ROW: tl.constexpr = (K + 63) // 64 * 32  # bytes
-    STEPS: tl.constexpr = (ROW * 2 + BLOCK_K - 1) // BLOCK_K
-    EACH: tl.constexpr = (STEPS + SPLITS - 1) // SPLITS
+    ROW = (K + 63) // 64 * 32  # bytes
+    steps = (ROW * 2 + BLOCK_K - 1) // BLOCK_K
+    each = (steps + SPLITS - 1) // SPLITS
     ONE_GROUP: tl.constexpr = GROUP % BLOCK_K == 0
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -278,10 +279,10 @@ def _dot_kernel(
     packed_ptrs = packed_ptr + safe_n.to(tl.int64)[:, None] * ROW + j[None, :]
     x_ptrs = x_ptr + m[None, :] * x_stride + k[:, None]
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    for step in tl.range(split * EACH, min(split * EACH + EACH, STEPS), num_stages=NUM_STAGES):
+    for step in tl.range(split * each, min(split * each + each, steps), num_stages=NUM_STAGES):
         k0 = step * BLOCK_K
         packed = tl.load(packed_ptrs + k0 // 2)
-        if K % BLOCK_K == 0:
+        if EVEN_K:
             x_low = tl.load(x_ptrs + k0, mask=in_m[None, :], other=0.0)
             x_high = tl.load(x_ptrs + k0 + 32, mask=in_m[None, :], other=0.0)
         else:
@@ -368,6 +369,7 @@ def int4_linear_triton(
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=block_k,
+        EVEN_K=w.num_inputs % block_k == 0,
         NUM_STAGES=config.num_stages,
         num_warps=config.num_warps,
     )  # fmt: skip
@@ -383,14 +385,14 @@ def _dequantize_kernel(
     scales_ptr,
     zeros_ptr,
     out_ptr,  # [N, K]
-    N: tl.constexpr,
-    K: tl.constexpr,
+    N,
+    K,
     GROUP: tl.constexpr,
     ASM: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    ROW: tl.constexpr = (K + 63) // 64 * 32
+    ROW = (K + 63) // 64 * 32
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)

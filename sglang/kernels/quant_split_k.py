@@ -41,7 +41,7 @@ def sum_splits(acc, at, mask, partial_ptr, arrived_ptr, size, SPLITS: tl.constex
         tl.debug_barrier()
         acc = tl.zeros_like(acc)
         for split in range(SPLITS):
-            base = partial_ptr + tl.cast(split, tl.int64) * size
-            acc += tl.load(base + at, mask=mask, other=0.0, cache_modifier=".cg")
+            other = partial_ptr + tl.cast(split, tl.int64) * size
+            acc += tl.load(other + at, mask=mask, other=0.0, cache_modifier=".cg")
         tl.store(arrived_ptr + tile, 0)
     return acc, is_last

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from sglang.kernels import int4
+from sglang.kernels import quant_w8a8 as w8a8
 from tests.kernels.common import DEVICE, DTYPES, GPU, assert_close, randn, seeds
 
 
@@ -74,3 +75,53 @@ def test_int4_linear_chooses_a_way_for_any_number_of_tokens(tokens):
     assert_close(int4.int4_linear(x, w), int4.int4_linear_naive(x, w))
     if tokens <= 33:
         assert_close(int4.int4_linear_triton(x, w), int4.int4_linear_naive(x, w))
+
+
+FORMATS = [torch.int8, torch.float8_e4m3fn] if GPU else [torch.int8]  # the interpreter has no FP8
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("seed", seeds(4, 8))
+def test_tokens_are_quantized_as_by_torch(seed, format):
+    torch.manual_seed(seed)
+    x = randn(5, 96 + 100 * seed, dtype=DTYPES[seed % 2])
+    x[2] = 0
+    q, scales = w8a8.quantize_tokens_triton(x, format)
+    q_naive, scales_naive = w8a8.quantize_tokens_naive(x, format)
+    torch.testing.assert_close(scales, scales_naive)
+    difference = (q.float() - q_naive.float()).abs()
+    assert (difference > 0).float().mean() < 0.01  # a division rounded otherwise, at a tie
+    assert difference.max() <= (1 if format == torch.int8 else 32)
+    error = q.float() * scales[:, None] - x.float()
+    assert (error.abs() <= scales[:, None] * (0.51 if format == torch.int8 else 17)).all()
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("seed", seeds(6, 16))
+def test_8_bit_products(seed, format):
+    random.seed(seed)
+    torch.manual_seed(seed)
+    tokens, n, k = random.choice([1, 9, 33]), random.choice([16, 72, 160]), 32 * (1 + seed)
+    x_q, x_scales = w8a8.quantize_tokens(randn(tokens, k, dtype=torch.float32), format)
+    w_q, w_scales = w8a8.quantize_tokens(randn(n, k, dtype=torch.float32), format)
+    bias = randn(n, dtype=DTYPES[0]) if seed % 2 else None
+    arguments = (x_q, x_scales, w_q, w_scales, DTYPES[0], bias)
+    expected = w8a8.scaled_matmul_naive(*arguments)
+    tolerance = {"rtol": 1e-2, "atol": 0.03} if GPU else {"rtol": 1e-5, "atol": 1e-4}
+    for splits in (1, 2, 3):
+        config = w8a8.W8A8Config(16, 64, 64, splits, 4, 2)
+        out = w8a8.scaled_matmul_triton(*arguments, config)
+        torch.testing.assert_close(out, expected, **tolerance)
+    torch.testing.assert_close(w8a8.scaled_matmul_triton(*arguments), expected, **tolerance)
+
+
+@pytest.mark.skipif(not GPU, reason="cuBLAS")
+@pytest.mark.parametrize("format", FORMATS)
+def test_8_bit_products_of_the_library(format):
+    torch.manual_seed(0)
+    x, w = randn(140, 256, dtype=torch.bfloat16), randn(96, 256, dtype=torch.float32)
+    w_q, w_scales = w8a8.quantize_tokens(w, format)
+    expected = x.float() @ w.t()
+    out = w8a8.w8a8_linear(x, w_q, w_scales)
+    error = (out.float() - expected).pow(2).mean().sqrt() / expected.std()
+    assert error < (0.02 if format == torch.int8 else 0.06)

@@ -1,0 +1,257 @@
+"""8-bit products: y = (x_q W_q^T) x_scale[token] w_scale[output] + bias, both operands in int8 or both
+in FP8 (e4m3). Activations are quantized here, each token by its own largest value (as in Xiao et
+al., SmoothQuant, 2023). Scales are applied to the sums, so the product itself is one of the tensor
+cores' 8-bit ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+from sglang.kernels.quant_split_k import split_k_workspace, sum_splits
+
+LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+LIBRARY_TOKENS = 128
+"""From here on cuBLAS is quicker."""
+
+
+def quantize_tokens(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [T, K] -> (x_q [T, K] in `dtype`, float32 scales [T]), x_q * scale being near x."""
+    return (quantize_tokens_triton if x.is_cuda else quantize_tokens_naive)(x, dtype)
+
+
+def quantize_tokens_naive(
+    x: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    x = x.float()
+    scales = x.abs().amax(1).clamp_min(1e-10) / LARGEST[dtype]
+    q = x / scales[:, None]
+    q = q.round() if dtype == torch.int8 else q
+    return q.clamp(-LARGEST[dtype], LARGEST[dtype]).to(dtype), scales
+
+
+def w8a8_linear(
+    x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """x [T, K] in floating point, weight [N, K] int8 or float8_e4m3fn, scales float32 [N] ->
+    [T, N] in x's dtype."""
+    x_q, x_scales = quantize_tokens(x, weight.dtype)
+    if not x.is_cuda:
+        return scaled_matmul_naive(x_q, x_scales, weight, scales, x.dtype, bias)
+    if len(x) >= LIBRARY_TOKENS and weight.shape[0] % 16 == 0 and weight.shape[1] % 16 == 0:
+        return scaled_matmul_library(x_q, x_scales, weight, scales, x.dtype, bias)
+    return scaled_matmul_triton(x_q, x_scales, weight, scales, x.dtype, bias)
+
+
+def scaled_matmul_naive(
+    x: torch.Tensor,
+    x_scales: torch.Tensor,
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    dtype: torch.dtype,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    # float32 holds products of int8 exactly, and sums of a thousand of them.
+    out = F.linear(x.float(), weight.float()) * x_scales[:, None] * scales
+    return (out if bias is None else out + bias.float()).to(dtype)
+
+
+def scaled_matmul_library(
+    x: torch.Tensor,
+    x_scales: torch.Tensor,
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    dtype: torch.dtype,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """CUDA only. int8: T above 16; K and N multiples of 16."""
+    if weight.dtype == torch.int8:
+        return _epilogue(torch._int_mm(x, weight.t()), x_scales, scales, dtype, bias)
+    out = torch._scaled_mm(
+        x, weight.t(), x_scales[:, None], scales[None, :], out_dtype=torch.bfloat16,
+        use_fast_accum=True, bias=bias if dtype == torch.bfloat16 else None,
+    )  # fmt: skip
+    if dtype != torch.bfloat16:
+        out = out.to(dtype) if bias is None else out.to(dtype) + bias
+    return out
+
+
+# --- kernels -------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _round_to(x, DTYPE: tl.constexpr, LARGEST: tl.constexpr):
+    x = tl.minimum(tl.maximum(x, -LARGEST), LARGEST)
+    if tl.int8 == DTYPE:
+        # Adding 1.5 * 2^23 leaves no bits for a fraction: rounds half to even, as torch does.
+        x = (x + 12582912.0) - 12582912.0
+    return x.to(DTYPE)
+
+
+@triton.jit
+def _quantize_kernel(
+    x_ptr, out_ptr, scale_ptr, x_stride, K, LARGEST: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    k = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + row * x_stride + k, mask=k < K, other=0.0).to(tl.float32)
+    scale = tl.maximum(tl.max(tl.abs(x)), 1e-10) / LARGEST
+    tl.store(scale_ptr + row, scale)
+    q = _round_to(x / scale, out_ptr.dtype.element_ty, LARGEST)
+    tl.store(out_ptr + row * K + k, q, mask=k < K)
+
+
+def quantize_tokens_triton(
+    x: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    num_tokens, k = x.shape
+    out = torch.empty(num_tokens, k, dtype=dtype, device=x.device)
+    scales = torch.empty(num_tokens, dtype=torch.float32, device=x.device)
+    if num_tokens:
+        block = triton.next_power_of_2(k)
+        warps = min(max(block // 1024, 1), 16)
+        _quantize_kernel[(num_tokens,)](
+            x, out, scales, x.stride(0), k, LARGEST=LARGEST[dtype], BLOCK=block, num_warps=warps
+        )
+    return out, scales
+
+
+@triton.jit
+def _epilogue_kernel(
+    sums_ptr, x_scale_ptr, scale_ptr, bias_ptr, out_ptr, N, BIAS: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    out = tl.load(sums_ptr + row * N + n, mask=n < N, other=0).to(tl.float32)
+    out *= tl.load(x_scale_ptr + row) * tl.load(scale_ptr + n, mask=n < N, other=0.0)
+    if BIAS:
+        out += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row * N + n, out.to(out_ptr.dtype.element_ty), mask=n < N)
+
+
+def _epilogue(
+    sums: torch.Tensor,
+    x_scales: torch.Tensor,
+    scales: torch.Tensor,
+    dtype: torch.dtype,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    num_tokens, n = sums.shape
+    out = torch.empty(num_tokens, n, dtype=dtype, device=sums.device)
+    _epilogue_kernel[(num_tokens, triton.cdiv(n, 2048))](
+        sums, x_scales, scales, bias, out, n, BIAS=bias is not None, BLOCK=2048
+    )
+    return out
+
+
+@dataclass(frozen=True)
+class W8A8Config:
+    block_m: int
+    block_n: int
+    block_k: int
+    splits: int
+    num_warps: int
+    num_stages: int
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _w8a8_kernel(
+    x_ptr,  # [T, K] contiguous
+    x_scale_ptr,
+    weight_ptr,  # [N, K]
+    scale_ptr,
+    bias_ptr,
+    out_ptr,  # [T, N]
+    partial_ptr,  # float32 [SPLITS, T, N]
+    arrived_ptr,
+    num_tokens,
+    N,
+    K,
+    BIAS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr,  # K is a multiple of BLOCK_K
+    NUM_STAGES: tl.constexpr,
+):
+    # Transposed, out^T = W x^T: a wide block of outputs is what the tensor cores' 64 rows are for,
+    # and Triton multiplies FP8 as FP8 whatever the number of tokens.
+    SUM: tl.constexpr = tl.int32 if weight_ptr.dtype.element_ty == tl.int8 else tl.float32
+    steps = (K + BLOCK_K - 1) // BLOCK_K
+    each = (steps + SPLITS - 1) // SPLITS
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    split = tl.program_id(1)
+    m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
+    safe_n = tl.where(n < N, n, 0)
+    safe_m = tl.where(m < num_tokens, m, 0)
+    k = tl.arange(0, BLOCK_K)
+    w_ptrs = weight_ptr + safe_n.to(tl.int64)[:, None] * K + k[None, :]
+    x_ptrs = x_ptr + safe_m[None, :] * K + k[:, None]
+    acc = tl.zeros([BLOCK_N, BLOCK_M], SUM)
+    for step in tl.range(split * each, min(split * each + each, steps), num_stages=NUM_STAGES):
+        k0 = step * BLOCK_K
+        if EVEN_K:
+            w = tl.load(w_ptrs + k0)
+            x = tl.load(x_ptrs + k0)
+        else:
+            w = tl.load(w_ptrs + k0, mask=(k0 + k < K)[None, :], other=0.0)
+            x = tl.load(x_ptrs + k0, mask=(k0 + k < K)[:, None], other=0.0)
+        acc = tl.dot(w, x, acc, out_dtype=SUM)
+
+    out = acc.to(tl.float32)
+    at = m[None, :] * N + n[:, None]
+    in_m = (m < num_tokens)[None, :]
+    mask = in_m & (n < N)[:, None]
+    if SPLITS > 1:
+        out, is_last = sum_splits(out, at, mask, partial_ptr, arrived_ptr, num_tokens * N, SPLITS)
+        mask = in_m & (n < tl.where(is_last, N, 0))[:, None]
+    out *= tl.load(x_scale_ptr + safe_m)[None, :] * tl.load(scale_ptr + safe_n)[:, None]
+    if BIAS:
+        out += tl.load(bias_ptr + safe_n).to(tl.float32)[:, None]
+    tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def choose_config(num_tokens: int, n: int, k: int) -> W8A8Config:
+    block_m = min(max(triton.next_power_of_2(num_tokens), 16), 128)
+    block_n = 64 if block_m <= 32 else 128
+    tiles = triton.cdiv(n, block_n) * triton.cdiv(num_tokens, block_m)
+    splits = min(max(512 // tiles, 1), max(k // 512, 1)) if block_m <= 64 else 1
+    return W8A8Config(block_m, block_n, 128, splits, 4 if block_m <= 64 else 8, num_stages=4)
+
+
+def scaled_matmul_triton(
+    x: torch.Tensor,
+    x_scales: torch.Tensor,
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    dtype: torch.dtype,
+    bias: torch.Tensor | None = None,
+    config: W8A8Config | None = None,
+) -> torch.Tensor:
+    (num_tokens, k), n = x.shape, weight.shape[0]
+    out = torch.empty(num_tokens, n, dtype=dtype, device=x.device)
+    if num_tokens == 0:
+        return out
+    config = config or choose_config(num_tokens, n, k)
+    partial, arrived = split_k_workspace(config.splits, num_tokens, n, x.device)
+    grid = (
+        triton.cdiv(n, config.block_n), config.splits, triton.cdiv(num_tokens, config.block_m)
+    )  # fmt: skip
+    _w8a8_kernel[grid](
+        x, x_scales, weight, scales, bias, out, partial, arrived, num_tokens,
+        N=n, K=k, BIAS=bias is not None,
+        SPLITS=config.splits,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        EVEN_K=k % config.block_k == 0,
+        NUM_STAGES=config.num_stages,
+        num_warps=config.num_warps,
+    )  # fmt: skip
+    return out
