@@ -170,6 +170,8 @@ class ModelConfig:
         self.context_len = asked or self.max_position_embeddings
 
     def _check_parallel(self, tp: int) -> None:
+        if self.device == "cuda" and tp > (gpus := num_gpus()):
+            raise ValueError(f"--tp-size {tp} needs {tp} GPUs: there are {gpus}")
         kv = self.num_kv_heads
         if self.num_heads % tp or self.intermediate_size % tp or (kv % tp and tp % kv):
             raise ValueError(
@@ -242,14 +244,18 @@ def resolve_device(device: str) -> str:
     torch = importlib.util.find_spec("torch")
     if torch is None or not list(Path(torch.origin or "").parent.glob("lib/*torch_cuda.*")):
         return "cpu"
+    return "cuda" if num_gpus() else "cpu"
+
+
+def num_gpus() -> int:
+    """Those that CUDA_VISIBLE_DEVICES leaves; 0 without a driver."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
-        return "cpu"
+        return 0
     count = ctypes.c_int(0)
-    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
-        return "cpu"
-    return "cuda" if count.value else "cpu"
+    failed = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
+    return 0 if failed else count.value
 
 
 def _resolve_dtype(asked: str, device: str, values: dict[str, Any]) -> str:

@@ -77,7 +77,15 @@ def test_stretched_contexts():
     assert of(rope_type="llama3", factor=4.0, **llama3) == 2048
 
 
-def test_the_type_of_numbers(tmp_path):
+def test_more_ranks_than_gpus_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("sglang.model_config.num_gpus", lambda: 2)
+    assert load(tmp_path, device="cuda", tp_size=2).device == "cuda"
+    with pytest.raises(ValueError, match="--tp-size 4 needs 4 GPUs: there are 2"):
+        load(tmp_path, device="cuda", tp_size=4)
+
+
+def test_the_type_of_numbers(tmp_path, monkeypatch):
+    monkeypatch.setattr("sglang.model_config.num_gpus", lambda: 1)
     assert load(tmp_path).dtype == "float32"
     assert load(tmp_path, device="cuda").dtype == "float16"
     assert load(tmp_path, {**LLAMA, "torch_dtype": "float32"}, device="cuda").dtype == "bfloat16"
