@@ -4,8 +4,9 @@ A draw is the Gumbel-max trick: the token that maximises logit / temperature + n
 as the softmax. The noise is a pure hash of (seed, position, token id), so a request's tokens depend
 neither on the batch it is in nor on the rank or the device that draws them.
 
-top-k, top-p and min-p all keep the tokens whose logit is at least some pivot. The pivot is found by
-bisection over logits, as in FlashInfer (Ye et al., 2025), here over the few likely tokens alone.
+top-k, top-p and min-p all keep the tokens whose logit is at least some pivot. Histograms say in
+which bin of logits it lies, and bisection finds it among the tokens of that bin; bisection is as in
+FlashInfer (Ye et al., 2025).
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ import torch
 import triton
 import triton.language as tl
 
+from sglang.kernels.gumbel import gumbel, gumbel_naive
+
 # Kernel arguments whose alignment varies from step to step: it must not compile a kernel anew.
 _KNOBS = ["temperature_ptr", "top_k_ptr", "top_p_ptr", "min_p_ptr", "seed_ptr", "positions_ptr"]
 
-# Multipliers of "lowbias32" (Chris Wellons, public domain), and 2^32 / golden ratio.
-_C1 = tl.constexpr(0x7FEB352D)
-_C2 = tl.constexpr(0x846CA68B)
-_C3 = tl.constexpr(0x9E3779B1)
+_BINS = tl.constexpr(16)
+"""Of a chunk's histogram. They are of width 1, from the highest logit down; the last is open."""
 
 
 def sample(
@@ -100,65 +101,6 @@ def floor_naive(scaled: torch.Tensor, top_k: int, top_p: float, min_p: float) ->
     return floor
 
 
-def gumbel_naive(seed: int, position: int, count: int, device: torch.device) -> torch.Tensor:
-    """The noise of tokens 0..count-1, float32 [count]."""
-    c1, c2, c3 = _C1.value, _C2.value, _C3.value
-    key = _mix((seed & _U32) + c3)
-    key = _mix(key ^ (seed >> 32 & _U32))
-    key = _mix(key ^ (position & _U32))
-    x = torch.arange(count, dtype=torch.int32, device=device).mul_(_signed(c3)).add_(_signed(key))
-    x = _shift_xor(x, 16).mul_(_signed(c1))
-    x = _shift_xor(x, 15).add_(_signed(_mix(key + c3))).mul_(_signed(c2))
-    x = _shift_xor(x, 16).bitwise_right_shift_(1).bitwise_and_(0x7FFFFFFF)
-    uniform = x.float().add_(0.5).mul_(2.0**-31).clamp_(max=1 - 2.0**-24)
-    return uniform.neg_().log1p_().neg_().log_().neg_()
-
-
-_U32 = (1 << 32) - 1
-
-
-def _mix(x: int) -> int:
-    """A bijective hash of a uint32."""
-    x &= _U32
-    x = (x ^ x >> 16) * _C1.value & _U32
-    x = (x ^ x >> 15) * _C2.value & _U32
-    return x ^ x >> 16
-
-
-def _signed(x: int) -> int:
-    """The int32 with the bits of a uint32: torch has full arithmetic only for the former."""
-    return x - (1 << 32) if x >> 31 else x
-
-
-def _shift_xor(x: torch.Tensor, shift: int) -> torch.Tensor:
-    """x ^ (x >> shift), where the shift fills with zeros though x is signed."""
-    return x ^ (x >> shift).bitwise_and_((1 << 32 - shift) - 1)
-
-
-@triton.jit
-def _mix_kernel(x):
-    x = (x ^ (x >> 16)) * _C1
-    x = (x ^ (x >> 15)) * _C2
-    return x ^ (x >> 16)
-
-
-@triton.jit
-def _gumbel(seed, position, ids):
-    """seed int64, position int32, ids [..] -> the noise of gumbel_naive."""
-    key = _mix_kernel(seed.to(tl.uint32) + _C3)
-    key = _mix_kernel(key ^ (seed >> 32).to(tl.uint32))
-    key = _mix_kernel(key ^ position.to(tl.uint32))
-    x = ids.to(tl.uint32) * _C3 + key
-    x = (x ^ (x >> 16)) * _C1
-    x = ((x ^ (x >> 15)) + _mix_kernel(key + _C3)) * _C2
-    x = (x ^ (x >> 16)) >> 1
-    uniform = tl.minimum((x.to(tl.int32).to(tl.float32) + 0.5) * (2.0**-31), 1 - 2.0**-24)
-    # -log(1 - u), by its series near 0: these are the tokens that win, and 1 - u would round off
-    # most of what tells them apart.
-    series = uniform * (1.0 + uniform * (0.5 + uniform * (1.0 / 3.0)))
-    return -tl.log(tl.where(uniform < 2.0**-7, series, -tl.log(1.0 - uniform)))
-
-
 @triton.jit
 def _argmax(score, ids):
     """(the highest score, the lowest id that has it)."""
@@ -177,7 +119,8 @@ def _scan_kernel(
     positions_ptr,
     best_ptr,  # float32 [n, CHUNKS]: highest score, or highest logit of a row with filters
     best_id_ptr,  # int32 [n, CHUNKS]
-    mass_ptr,  # float32 [n, CHUNKS]: sum of exponentials relative to best, of a row with filters
+    bins_ptr,  # float32 [n, CHUNKS, 2, BINS]: of a row with filters, tokens in each bin, and
+    # their exponentials relative to best
     stride,
     V,
     CHUNKS: tl.constexpr,
@@ -198,10 +141,16 @@ def _scan_kernel(
             filters = filters | (tl.load(top_p_ptr + row) < 1) | (tl.load(min_p_ptr + row) > 0)
             if filters:
                 likeliest = tl.maximum(tl.max(score, 0), -3.0e38)
-                tl.store(mass_ptr + at, tl.sum(tl.exp(score - likeliest), 0))
+                mass = tl.exp(score - likeliest)
+                bin = tl.minimum(tl.floor(likeliest) - tl.floor(score), _BINS - 1)
+                for b in range(_BINS):
+                    here = (bin == b) & (ids < V)
+                    bin_at = bins_ptr + at * 2 * _BINS + b
+                    tl.store(bin_at, tl.sum(tl.where(here, 1.0, 0.0), 0))
+                    tl.store(bin_at + _BINS, tl.sum(tl.where(here, mass, 0.0), 0))
             else:
                 seed = tl.load(seed_ptr + row).to(tl.int64)
-                score += _gumbel(seed, tl.load(positions_ptr + row), ids)
+                score += gumbel(seed, tl.load(positions_ptr + row), ids)
     best, best_id = _argmax(score, ids)
     tl.store(best_ptr + at, best)
     tl.store(best_id_ptr + at, best_id)
@@ -220,14 +169,12 @@ def _likely(logits, list_ptr, at, length, listed, V, temperature):
 
 @triton.jit
 def _pivot(
-    logits, list_ptr, length, listed, V, temperature, lowest, highest, target,
+    logits, list_ptr, length, listed, V, temperature, low, high, best, target,
     MASS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The largest scaled logit x such that the tokens with at least x reach `target`: in number, or
-    if MASS in exponentials relative to `highest`. Those with at least `lowest` do reach it."""
-    low = lowest
-    high = highest
-    # The answer is one of the logits in low..high, and both ends are logits after their first move.
+    """The largest scaled logit x in low..high such that the tokens with at least x reach `target`:
+    in number, or if MASS in exponentials relative to `best`. Those with at least `low` reach it."""
+    # Both ends are logits after their first move.
     while low < high:
         middle = low + (high - low) * 0.5
         middle = tl.where(middle > low, middle, high)
@@ -237,9 +184,9 @@ def _pivot(
         for start in range(0, length, BLOCK):
             at = start + tl.arange(0, BLOCK)
             _, x = _likely(logits, list_ptr, at, length, listed, V, temperature)
-            weight = tl.where(x >= middle, tl.exp(x - highest) if MASS else 1.0, 0.0)
+            weight = tl.where(x >= middle, tl.exp(x - best) if MASS else 1.0, 0.0)
             reached += tl.sum(weight, 0)
-            above = tl.minimum(above, tl.min(tl.where(x >= middle, x, highest), 0))
+            above = tl.minimum(above, tl.min(tl.where(x >= middle, x, high), 0))
             below = tl.maximum(below, tl.max(tl.where(x < middle, x, -float("inf")), 0))
         if reached >= target:
             low = above
@@ -248,6 +195,69 @@ def _pivot(
         else:
             high = below
     return low
+
+
+@triton.jit
+def _floor(
+    logits, list_ptr, best_ptr, bins_ptr, V, temperature, best, target,
+    MASS: tl.constexpr, CHUNKS: tl.constexpr, CHUNKS_PADDED: tl.constexpr, CHUNK: tl.constexpr,
+    LIST: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """(the largest scaled logit x such that the row's tokens with at least x reach `target`, in
+    number or if MASS in exponentials relative to `best`; the latter of those tokens)."""
+    chunk = tl.arange(0, CHUNKS_PADDED)
+    in_row = chunk < CHUNKS
+    bests = tl.load(best_ptr + chunk, mask=in_row, other=-float("inf"))
+    bests = tl.maximum(bests, -3.0e38)
+    b = tl.arange(0, _BINS)
+    bin_at = bins_ptr + chunk[:, None] * 2 * _BINS + b[None, :]
+    counts = tl.load(bin_at, mask=in_row[:, None], other=0.0)
+    masses = tl.load(bin_at + _BINS, mask=in_row[:, None], other=0.0)
+    masses *= tl.exp(bests - best)[:, None]
+    wanted = masses if MASS else counts
+    # Bins of all chunks by their distance from the row's first one.
+    bin = (tl.floor(best) - tl.floor(bests))[:, None] + b[None, :]
+    level = 0.0
+    above = 0.0
+    here = tl.sum(tl.sum(tl.where(bin == level, wanted, 0.0), 1), 0)
+    while (above + here < target) & (level < _BINS - 1):
+        above += here
+        level += 1.0
+        here = tl.sum(tl.sum(tl.where(bin == level, wanted, 0.0), 1), 0)
+    mass_above = tl.sum(tl.sum(tl.where(bin < level, masses, 0.0), 1), 0)
+    low = tl.floor(best) - level
+    high = tl.minimum(low + 1.0, best)
+
+    # List the tokens in that bin.
+    count = 0
+    if level < _BINS - 1:
+        tl.debug_barrier()
+        for i in range(CHUNKS):
+            if tl.load(best_ptr + i) >= low:
+                ids = i * CHUNK + tl.arange(0, CHUNK)
+                x = tl.load(logits + ids, mask=ids < V, other=-float("inf")).to(tl.float32)
+                x = x / temperature
+                near = (tl.floor(x) == low).to(tl.int32)
+                place = count + tl.cumsum(near, 0) - near
+                tl.store(list_ptr + place, ids, mask=(near > 0) & (place < LIST))
+                count += tl.sum(near, 0)
+        tl.debug_barrier()
+    else:
+        low = -3.0e38
+    fits = (count > 0) & (count <= LIST)  # if not, look at all tokens
+    length = tl.where(fits, count, V)
+    listed = tl.where(fits, count, 0)
+    target -= tl.where(fits, above, 0.0)
+    floor = _pivot(
+        logits, list_ptr, length, listed, V, temperature, low, high, best, target, MASS, BLOCK
+    )  # fmt: skip
+    mass = tl.where(fits, mass_above, 0.0)
+    if not MASS:
+        for start in range(0, length, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            _, x = _likely(logits, list_ptr, at, length, listed, V, temperature)
+            mass += tl.sum(tl.where(x >= floor, tl.exp(x - best), 0.0), 0)
+    return floor, mass
 
 
 @triton.jit(do_not_specialize_on_alignment=_KNOBS)
@@ -261,7 +271,7 @@ def _pick_kernel(
     positions_ptr,
     best_ptr,
     best_id_ptr,
-    mass_ptr,
+    bins_ptr,
     list_ptr,  # int32 [n, LIST]: scratch
     out_ptr,
     stride,
@@ -289,65 +299,44 @@ def _pick_kernel(
         filters = (tl.load(top_k_ptr + row) > 0) | (top_p < 1) | (min_p > 0)
         if (temperature > 0) & filters:
             highest = tl.maximum(highest, -3.0e38)
-            masses = tl.load(mass_ptr + row * CHUNKS + chunk, mask=in_row, other=0.0)
-            mass = tl.sum(masses * tl.exp(tl.maximum(bests, -3.0e38) - highest), 0)
             logits = logits_ptr + row * stride
-
-            # List the tokens at least e^-12 as likely as the likeliest; as a rule there are few.
+            bests_at = best_ptr + row * CHUNKS
+            bins = bins_ptr + row * CHUNKS * 2 * _BINS
             likely = list_ptr + row * LIST
-            count = 0
-            listed_mass = 0.0
-            for i in range(CHUNKS):
-                if tl.load(best_ptr + row * CHUNKS + i) >= highest - 12.0:
-                    ids = i * CHUNK + tl.arange(0, CHUNK)
-                    x = tl.load(logits + ids, mask=ids < V, other=-float("inf")).to(tl.float32)
-                    x = x / temperature
-                    near = (x >= highest - 12.0).to(tl.int32)
-                    place = count + tl.cumsum(near, 0) - near
-                    tl.store(likely + place, ids, mask=(near > 0) & (place < LIST))
-                    count += tl.sum(near, 0)
-                    listed_mass += tl.sum(tl.where(near > 0, tl.exp(x - highest), 0.0), 0)
-            tl.debug_barrier()
-            # Do they hold all that the filters can leave in? If not, look at all tokens instead.
+            floor = -3.0e38
             if top_k > 0:
-                suffice = count >= top_k
-            elif top_p < 1:
-                suffice = listed_mass >= top_p * mass
+                floor, mass = _floor(
+                    logits, likely, bests_at, bins, V, temperature, highest,
+                    top_k.to(tl.float32), False, CHUNKS, CHUNKS_PADDED, CHUNK, LIST, BLOCK,
+                )  # fmt: skip
             else:
-                suffice = min_p >= 1.0e-5  # > e^-12
-            suffice = suffice & (count <= LIST)
-            length = tl.where(suffice, count, V)
-            listed = tl.where(suffice, count, 0)
-            floor = tl.where(suffice, highest - 12.0, -3.0e38)
-
-            if top_k > 0:
-                floor = _pivot(
-                    logits, likely, length, listed, V, temperature, floor, highest,
-                    top_k.to(tl.float32), False, BLOCK,
-                )  # fmt: skip
-                mass = 0.0
-                for start in range(0, length, BLOCK):
-                    at = start + tl.arange(0, BLOCK)
-                    _, x = _likely(logits, likely, at, length, listed, V, temperature)
-                    mass += tl.sum(tl.where(x >= floor, tl.exp(x - highest), 0.0), 0)
+                b = tl.arange(0, _BINS)
+                masses_at = bins + chunk[:, None] * 2 * _BINS + _BINS + b[None, :]
+                masses = tl.sum(tl.load(masses_at, mask=in_row[:, None], other=0.0), 1)
+                mass = tl.sum(masses * tl.exp(tl.maximum(bests, -3.0e38) - highest), 0)
             if top_p < 1:
-                floor = _pivot(
-                    logits, likely, length, listed, V, temperature, floor, highest,
-                    tl.maximum(top_p * mass, 1.0e-30), True, BLOCK,
+                target = tl.maximum(top_p * mass, 1.0e-30)
+                p_floor, _ = _floor(
+                    logits, likely, bests_at, bins, V, temperature, highest,
+                    target, True, CHUNKS, CHUNKS_PADDED, CHUNK, LIST, BLOCK,
                 )  # fmt: skip
+                floor = tl.maximum(floor, p_floor)
             if min_p > 0:
                 floor = tl.maximum(floor, highest + tl.log(min_p))
 
             seed = tl.load(seed_ptr + row).to(tl.int64)
             position = tl.load(positions_ptr + row)
             best = -float("inf")
-            for start in range(0, length, BLOCK):
-                at = start + tl.arange(0, BLOCK)
-                ids, x = _likely(logits, likely, at, length, listed, V, temperature)
-                score = tl.where(x >= floor, x + _gumbel(seed, position, ids), -float("inf"))
-                block_best, block_token = _argmax(score, ids)
-                token = tl.where(block_best > best, block_token, token)
-                best = tl.maximum(block_best, best)
+            for i in range(CHUNKS):
+                if tl.load(bests_at + i) >= floor:
+                    ids = i * CHUNK + tl.arange(0, CHUNK)
+                    x = tl.load(logits + ids, mask=ids < V, other=-float("inf")).to(tl.float32)
+                    x = x / temperature
+                    kept = (x >= floor) & (ids < V)
+                    score = tl.where(kept, x + gumbel(seed, position, ids), -float("inf"))
+                    chunk_best, chunk_token = _argmax(score, ids)
+                    token = tl.where(chunk_best > best, chunk_token, token)
+                    best = tl.maximum(chunk_best, best)
     # NaN logits give any token, but none outside of the vocabulary.
     tl.store(out_ptr + row, tl.minimum(token, V - 1))
 
@@ -384,16 +373,16 @@ def _launch(
     chunks = triton.cdiv(vocab, chunk)
     best = torch.empty(num_rows, chunks, dtype=torch.float32, device=logits.device)
     best_id = torch.empty_like(best, dtype=torch.int32)
-    mass = torch.empty_like(best)
-    likely = None
+    bins = likely = None
     if not greedy:
+        bins = torch.empty(num_rows, chunks, 2, _BINS.value, device=logits.device)
         likely = torch.empty(num_rows, list_size, dtype=torch.int32, device=logits.device)
     _scan_kernel[(chunks, num_rows)](
-        logits, *knobs, best, best_id, mass, logits.stride(0), vocab,
+        logits, *knobs, best, best_id, bins, logits.stride(0), vocab,
         CHUNKS=chunks, GREEDY=greedy, BLOCK=chunk, num_warps=8,
     )  # fmt: skip
     _pick_kernel[(num_rows,)](
-        logits, *knobs, best, best_id, mass, likely, out, logits.stride(0), vocab,
+        logits, *knobs, best, best_id, bins, likely, out, logits.stride(0), vocab,
         CHUNKS=chunks, CHUNKS_PADDED=triton.next_power_of_2(chunks), GREEDY=greedy, CHUNK=chunk,
         LIST=list_size, BLOCK=block, num_warps=1 if greedy else num_warps,
     )  # fmt: skip
