@@ -31,7 +31,8 @@ def decode_attention(
     """softmax(scale q K^T) V -> [n, Hq, D], in q's dtype.
 
     q           [n, Hq, D]
-    k_cache, v_cache  [S, Hkv, D]; query head h reads KV head h // (Hq / Hkv)
+    k_cache, v_cache  [S, Hkv, D], of q's dtype or float8_e4m3fn; query head h reads KV
+                head h // (Hq / Hkv)
     slot_table  int32 [R + 1, max_len]: row and token position -> slot of the cache
     rows        int32 [n]
     kv_lens     int32 [n], tokens of the row, the new one included; 0 (padding) gives zeros

@@ -28,7 +28,8 @@ def extend_attention(
     """softmax(scale q K^T + causal mask) V -> [T, Hq, D], in q's dtype.
 
     q           [T, Hq, D], the new tokens of m rows, one row after the other
-    k_cache, v_cache  [S, Hkv, D], where the new tokens' K and V are already
+    k_cache, v_cache  [S, Hkv, D], of q's dtype or float8_e4m3fn; the new tokens' K and V
+                are there
     slot_table  int32 [R + 1, max_len]: row and token position -> slot of the cache
     rows        int32 [m]
     q_starts    int32 [m + 1], where in q each row begins; the last one is where the last row ends

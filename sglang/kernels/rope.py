@@ -31,7 +31,7 @@ def rope_and_write_kv(
     slots      int32 [T], where each token's k and v go; -1 (a token of padding): nowhere
     cos_sin    float32 [max_positions, D], cos in the first half of a row and sin in the second;
                element i of a head turns with element i + D/2
-    k_cache, v_cache  [S, Hkv, D]
+    k_cache, v_cache  [S, Hkv, D]; of float8_e4m3fn, what is beyond its range is saturated
     q_norm, k_norm    [D] weights, both or neither: heads are RMS-normed before they turn
     """
     run = rope_and_write_kv_triton if qkv.is_cuda else rope_and_write_kv_naive
@@ -69,9 +69,20 @@ def rope_and_write_kv_naive(
     if T and int(slots.min()) < 0:
         written = slots >= 0
         slots, k, v = slots[written], k[written], v[written]
-    k_cache[slots] = k
-    v_cache[slots] = v
+    k_cache[slots] = _to_cache_naive(k, k_cache.dtype)
+    v_cache[slots] = _to_cache_naive(v, v_cache.dtype)
     return x[:, :num_q_heads]
+
+
+def _to_cache_naive(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return x.clamp(-448, 448).to(dtype) if dtype == torch.float8_e4m3fn else x.to(dtype)
+
+
+@triton.jit
+def _to_cache(x, dtype: tl.constexpr):
+    if dtype == tl.float8e4nv:
+        x = tl.minimum(tl.maximum(x.to(tl.float32), -448.0), 448.0)
+    return x.to(dtype)
 
 
 # The alignment of what varies from step to step must not compile a kernel anew.
@@ -136,14 +147,15 @@ def _rope_kernel(
     tl.store(q_at, out_first, mask=mask & is_q)
     tl.store(q_at + HALF, out_second, mask=mask & is_q)
     if slot >= 0:
+        cache_dtype: tl.constexpr = k_cache_ptr.dtype.element_ty
         is_k = mask & (head[:, None] >= HQ) & (head[:, None] < HQ + HKV)
         k_at = k_cache_ptr + slot * k_stride + (head[:, None] - HQ) * D + pair[None, :]
-        tl.store(k_at, out_first, mask=is_k)
-        tl.store(k_at + HALF, out_second, mask=is_k)
+        tl.store(k_at, _to_cache(out_first, cache_dtype), mask=is_k)
+        tl.store(k_at + HALF, _to_cache(out_second, cache_dtype), mask=is_k)
         is_v = mask & (head[:, None] >= HQ + HKV)
         v_at = v_cache_ptr + slot * v_stride + (head[:, None] - HQ - HKV) * D + pair[None, :]
-        tl.store(v_at, first_raw, mask=is_v)
-        tl.store(v_at + HALF, second_raw, mask=is_v)
+        tl.store(v_at, _to_cache(first_raw, cache_dtype), mask=is_v)
+        tl.store(v_at + HALF, _to_cache(second_raw, cache_dtype), mask=is_v)
 
 
 def rope_and_write_kv_triton(

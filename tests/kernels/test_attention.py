@@ -135,3 +135,21 @@ def test_a_captured_decode_follows_what_changes_on_the_device() -> None:
         lens.copy_(int32(new_lens))
         graph.replay()
         assert_close(out, decode_attention_naive(*args))
+
+
+@pytest.mark.parametrize("window", [0, 20])
+def test_a_cache_of_8_bit_floats_is_read_as_what_it_holds(window: int) -> None:
+    torch.manual_seed(0)
+    dtype = torch.float16
+    cache = Cache(2, 100, 2, 64, dtype)
+    cache.k, cache.v = (x.to(torch.float8_e4m3fn) for x in (cache.k, cache.v))
+    q, lens = randn(5, 4, 64, dtype=dtype), int32([70, 100])
+    small = (q[:2], *cache.args(), lens, 0.1, window)
+    config = DecodeConfig(32, 4, 2, 4, 32)
+    assert_close(decode_attention_triton(*small, config), decode_attention_naive(*small))
+    large = (q, *cache.args(), int32([0, 2, 5]), lens, 0.1, window, 3)
+    tile = ExtendConfig(16, 32, 4, 2, pack=True)
+    assert_close(extend_attention_triton(*large, tile), extend_attention_naive(*large))
+    cache.k, cache.v = cache.k.to(dtype), cache.v.to(dtype)
+    same = (q[:2], *cache.args(), lens, 0.1, window)
+    assert torch.equal(decode_attention_naive(*same), decode_attention_naive(*small))

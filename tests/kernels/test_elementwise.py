@@ -78,3 +78,19 @@ def test_rope_at_position_zero_changes_nothing() -> None:
     q = rope_and_write_kv_triton(qkv, int32([0]), int32([3]), cos_sin, k, v, 2, 1)
     written = torch.cat((q.flatten(), k[3].flatten(), v[3].flatten()))
     torch.testing.assert_close(written, qkv.flatten())
+
+
+def test_a_cache_of_8_bit_floats_saturates() -> None:
+    # Values that it can hold, as the interpreter rounds others wrongly, and some beyond.
+    qkv = (randn(3, 4 * 64, dtype=torch.float16) * 100).to(torch.float8_e4m3fn).half()
+    qkv[:, ::9] = 1000
+    qkv[:, 5::9] = -60000
+    cos_sin = torch.cat((torch.ones(1, 32), torch.zeros(1, 32)), -1).to(DEVICE)
+    caches = torch.zeros(2, 5, 1, 64, device=DEVICE).to(torch.float8_e4m3fn)
+    naive = caches.clone()
+    rest = (int32([0, 0, 0]), int32([3, -1, 1]), cos_sin)
+    rope_and_write_kv_triton(qkv, *rest, *caches, 2, 1)
+    rope_and_write_kv_naive(qkv, *rest, *naive, 2, 1)
+    assert torch.equal(caches.float(), naive.float())
+    values = qkv[[0, 2], 192:].float().clamp(-448, 448)
+    assert torch.equal(naive[1, [3, 1], 0].float(), values)
