@@ -25,6 +25,8 @@ class TritonAttention(AttentionBackend):
         window: int = 0,
     ) -> torch.Tensor:
         num_tokens = q.shape[0]
+        if batch.decode_lens is not None:
+            return self._mixed(q, k_cache, v_cache, batch, scale, window)
         d = batch.num_decode
         decoded = extended = None
         if d > 0:
@@ -43,3 +45,28 @@ class TritonAttention(AttentionBackend):
             out = extended if decoded is None else decoded
             return (q if out is None else out).reshape(num_tokens, -1)
         return torch.cat((decoded, extended)).view(num_tokens, -1)
+
+    def _mixed(
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        batch: Batch,
+        scale: float,
+        window: int,
+    ) -> torch.Tensor:
+        """Which rows decode is known on the device only. Both kernels see all rows, and give zeros
+        to those that are the other's."""
+        assert batch.decode_lens is not None
+        num_tokens, num_rows = q.shape[0], len(batch.rows)
+        decoded = decode_attention(
+            q[:num_rows], k_cache, v_cache, batch.slot_table,
+            batch.rows, batch.decode_lens, scale, window,
+        )  # fmt: skip
+        out = extend_attention(
+            q, k_cache, v_cache, batch.slot_table,
+            batch.rows, batch.q_starts, batch.kv_lens, scale, window,
+            max_q_len=num_tokens,
+        )  # fmt: skip
+        out[:num_rows] += decoded
+        return out.view(num_tokens, -1)

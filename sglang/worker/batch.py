@@ -36,6 +36,9 @@ class Batch:
     """An upper bound of kv_lens, known on the host."""
     attention: AttentionBackend
     kv_cache: KVPool
+    decode_lens: torch.Tensor | None = None
+    """[n], in a CUDA graph for any mixture of rows (num_decode is 0): kv_lens of the rows that
+    decode, 0 of the others, while kv_lens is 0 of those that decode. Row i's token is token i."""
     q_lens_host: np.ndarray | None = None
     kv_lens_host: np.ndarray | None = None
     """Copies of the row lengths, [n], known without a sync; None while a graph is captured."""

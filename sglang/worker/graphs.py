@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from sglang.worker.rows import RowState, StepArrays
 
-MAX_PREFILL_TOKENS = 4096
+MAX_PREFILL_TOKENS = 9216
 """In longer steps the GPU is slower than the launching of kernels, and a graph gains nothing."""
 
 
@@ -35,7 +35,8 @@ class DecodeInputs:
 @dataclass
 class MixedInputs:
     """int32. Of T tokens: their ids (-1: the row's last token), rows, positions, KV slots and where
-    these go in the flat slot table. Of n rows: as above, and the last token of each."""
+    these go in the flat slot table. Of n rows: as above, lengths of those that decode (0: it does
+    not), and the last token of each."""
 
     ids: torch.Tensor  # [T]
     owners: torch.Tensor  # [T]
@@ -44,6 +45,7 @@ class MixedInputs:
     grown_at: torch.Tensor  # [T]
     rows: torch.Tensor  # [n]
     kv_lens: torch.Tensor  # [n]
+    decode_lens: torch.Tensor  # [n]
     last: torch.Tensor  # [n]
     q_starts: torch.Tensor  # [n + 1]
 
@@ -90,7 +92,7 @@ class StepGraphs:
         self._decode_sizes = decode_sizes(max_rows)
         self._prefill_sizes = prefill_sizes(min(max_tokens, MAX_PREFILL_TOKENS))
         self._inputs = torch.zeros(
-            5 * max(max_rows, self._prefill_sizes[-1]) + 4 * max_rows + 1,
+            5 * max(max_rows, self._prefill_sizes[-1]) + 5 * max_rows + 1,
             dtype=torch.int32,
             device=state.slot_table.device,
         )
@@ -186,6 +188,7 @@ class StepGraphs:
             _fill(step.grown_at, size, pad_at),
             _fill(step.rows, num_rows, pad),
             _fill(step.kv_lens, num_rows, 0),
+            _fill(step.kv_lens[: step.num_decode], num_rows, 0),
             _fill(ends - 1, num_rows, 0),
             starts,
         ]

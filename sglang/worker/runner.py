@@ -212,8 +212,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def _mixed(self, inputs: MixedInputs) -> GraphOutputs:
-        """Any step. Rows that decode are prefill rows with one new token here, so that one graph
-        does for any mixture."""
+        """Any step: which rows decode and which prefill, the device is told."""
         rows = self.rows
         rows.slot_table.view(-1).index_copy_(0, inputs.grown_at.long(), inputs.slots)
         last_tokens = rows.last_token.index_select(0, inputs.owners)
@@ -224,7 +223,8 @@ class ModelRunner:
                 positions=inputs.positions,
                 slots=inputs.slots,
                 rows=inputs.rows,
-                kv_lens=inputs.kv_lens,
+                kv_lens=inputs.kv_lens - inputs.decode_lens,
+                decode_lens=inputs.decode_lens,
                 slot_table=rows.slot_table,
                 q_starts=inputs.q_starts,
                 max_kv_len=rows.max_len,
