@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from sglang import demo_model
 from sglang.models.registry import check_architecture
+from sglang.quantization.schemes import AT_LOAD, parse_scheme
 
 if TYPE_CHECKING:
     from sglang.server_args import ServerArgs
@@ -73,6 +74,9 @@ class ModelConfig:
     default_sampling: dict[str, float] = field(default_factory=dict)
     """generation_config.json's values of the sampling parameters that it gives."""
     quantization_config: dict[str, Any] | None = None
+    """The checkpoint's, as config.json has it."""
+    quantization: str | None = None
+    """What is made of a checkpoint's weights at load: "fp8" or "int8", or "gguf": they stay 4-bit."""
 
     @classmethod
     def load(cls, args: ServerArgs) -> ModelConfig:
@@ -93,6 +97,7 @@ class ModelConfig:
         config.load_format = load_format
         config.device = resolve_device(args.device)
         config.dtype = _resolve_dtype(args.dtype, config.device, values)
+        config._check_quantization(args)
         config._limit_context(args.context_length)
         config._check_parallel(args.tp_size)
         return config
@@ -161,6 +166,26 @@ class ModelConfig:
     def window_of_layer(self, layer: int) -> int:
         """0: the layer sees everything before it."""
         return (self.sliding_window or 0) if layer >= self.first_window_layer else 0
+
+    def _check_quantization(self, args: ServerArgs) -> None:
+        asked, device = args.quantization, self.device
+        if self.quantization_config is not None:
+            scheme = parse_scheme(self.quantization_config)
+            if asked not in (None, scheme.format):
+                raise ValueError(f"--quantization {asked}: the checkpoint is {scheme.format}")
+            return
+        if asked in AT_LOAD:
+            self.quantization = asked
+        elif asked == "gguf":
+            if self.load_format != "gguf" or device != "cpu":
+                raise ValueError("--quantization gguf is for GGUF files on a CPU")
+            self.quantization = asked
+        elif asked is not None:
+            raise ValueError(f"--quantization {asked}: the checkpoint is not quantized so")
+        elif self.load_format == "gguf" and device == "cpu":
+            # The demo model is to be quick at first sight; --dtype float32 is exact.
+            demo = not args.model_path and args.dtype == "auto"
+            self.quantization = "gguf" if demo or args.dtype == "bfloat16" else None
 
     def _limit_context(self, asked: int | None) -> None:
         if asked is not None and asked > self.max_position_embeddings:

@@ -36,6 +36,12 @@ class ServerArgs:
         "of weights and activations",
         choices=("auto", "float16", "bfloat16", "float32"),
     )
+    quantization: str | None = _flag(
+        None,
+        "fp8, int8: round the weights at load; gguf: keep a GGUF file's 4-bit weights, on a CPU; "
+        "others: what the checkpoint must be",
+        choices=("fp8", "int8", "gguf", "awq", "gptq", "compressed-tensors"),
+    )
     device: str = _flag("auto", "where the model runs", choices=("auto", "cuda", "cpu"))
     context_length: int | None = _flag(
         None, "longest prompt + output, in tokens (default: the model's)"
@@ -82,7 +88,9 @@ class ServerArgs:
         2, "steps in flight between router and workers; 1: synchronous, for debugging"
     )
     disable_overlap_schedule: bool = _flag(False, "the same as --overlap-depth 1")
-    random_seed: int | None = _flag(None, "seeds of requests that name none, reproducibly", "--seed")
+    random_seed: int | None = _flag(
+        None, "seeds of requests that name none, reproducibly", "--seed"
+    )
 
     # Attention and cache
     attention_backend: str = _flag(
@@ -95,9 +103,7 @@ class ServerArgs:
         None, "largest batch with a CUDA graph (default: max-running-requests)"
     )
     disable_radix_cache: bool = _flag(False, "forget every prefix when its request ends")
-    model_mode: list[str] = _flag(
-        [], "SGLang's older spelling of two flags", choices=("no-cache",)
-    )
+    model_mode: list[str] = _flag([], "SGLang's older spelling of two flags", choices=("no-cache",))
 
     def __post_init__(self) -> None:
         if "no-cache" in self.model_mode:
@@ -145,7 +151,9 @@ def add_cli_args(parser: argparse.ArgumentParser) -> None:
         spellings = [flag_name(f.name), *f.metadata["spellings"]]
         choices = f.metadata["choices"] or None
         default = None if f.default is dataclasses.MISSING else f.default
-        help = f.metadata["help"] + ("" if default in (None, "", False) else f" (default: {default})")
+        help = f.metadata["help"] + (
+            "" if default in (None, "", False) else f" (default: {default})"
+        )
         if types[f.name] is bool:
             parser.add_argument(*spellings, dest=f.name, action="store_true", help=help)
         elif f.default is dataclasses.MISSING:

@@ -1,6 +1,6 @@
-"""8-bit products: y = (x_q W_q^T) x_scale[token] w_scale[output] + bias, both operands in int8 or both
-in FP8 (e4m3). Activations are quantized here, each token by its own largest value (as in Xiao et
-al., SmoothQuant, 2023). Scales are applied to the sums, so the product itself is one of the tensor
+"""8-bit products: y = (x_q W_q^T) x_scale[token] w_scale[output] + bias, all in int8 or all in FP8
+(e4m3). Activations are quantized here, each token by its own largest value (as in Xiao et al.,
+SmoothQuant, 2023). Scales are applied to the sums, so the product itself is one of the tensor
 cores' 8-bit ones.
 """
 

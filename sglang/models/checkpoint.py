@@ -205,6 +205,9 @@ class DummyCheckpoint(Checkpoint):
             return self._fill_integers(out, name, shard)
         if name.endswith("norm.weight"):
             out.fill_(1.0)
+        elif out.dtype.itemsize == 1:  # FP8 has no random numbers of its own
+            values = torch.empty(out.shape, dtype=torch.bfloat16, device=out.device)
+            out.copy_(values.normal_(0.0, 20.0, generator=self._generator(out.device, name, shard)))
         else:
             out.normal_(0.0, 0.02, generator=self._generator(out.device, name, shard))
 

@@ -215,6 +215,19 @@ def dequantize(rows: np.ndarray, type: str) -> np.ndarray:
     return out.reshape(len(rows), -1)
 
 
+def int4_blocks(rows: np.ndarray, type: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """uint8 [rows, row_bytes] of Q4_0 or Q4_1 -> (q uint8 [rows, K], scale and low float32
+    [rows, K / 32]): a weight is q scale + low."""
+    blocks = rows.reshape(-1, _BLOCK_BYTES[type])
+    scale = blocks[:, :2].view(np.float16).astype(np.float32)
+    if type == "Q4_1":
+        low, start = blocks[:, 2:4].view(np.float16).astype(np.float32), 4
+    else:
+        low, start = -8.0 * scale, 2
+    shape = (len(rows), -1)
+    return _nibbles(blocks[:, start:]).reshape(shape), scale.reshape(shape), low.reshape(shape)
+
+
 def _dequantize_rare(rows: np.ndarray, type: str) -> np.ndarray:
     from gguf import quants
     from gguf.constants import GGMLQuantizationType

@@ -8,8 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
+from sglang.layers.shard import WHOLE, Shard
 from sglang.models.checkpoint import Checkpoint
-from sglang.models.gguf import GGUFFile, dequantize
+from sglang.models.gguf import GGUFFile, dequantize, int4_blocks
 
 _TOP = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -56,6 +57,32 @@ class GGUFCheckpoint(Checkpoint):
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._file.tensors[self._stored[name]].shape
+
+    def int4(
+        self, name: str, dim: int | None = None, shard: Shard = WHOLE
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+        """(q uint8 [N, K], scales float32 [N, K / 32], low [N, K / 32]) of a Q4_0 or Q4_1 matrix,
+        or this rank's share of it: weights are q scale + low. None: it is of another type, or its
+        blocks cannot be split so."""
+        tensor = self._file.tensors[self._stored[name]]
+        if tensor.type not in ("Q4_0", "Q4_1"):
+            return None
+        rows = columns = slice(None)
+        if dim == 0:
+            rows = slice(*shard.bounds(tensor.shape[0]))
+        elif dim == 1:
+            columns = slice(*shard.bounds(tensor.shape[1]))
+            if columns.start % 32 or columns.stop % 32:
+                return None
+        q, scales, low = int4_blocks(self._file.rows(tensor.name)[rows], tensor.type)
+        head_dim = self._permuted_head_dim(name, tensor.shape[0])
+        blocks = slice(*(end and end // 32 for end in (columns.start, columns.stop)))
+        parts = []
+        for part, index in ((q, columns), (scales, blocks), (low, blocks)):
+            part = torch.from_numpy(np.ascontiguousarray(part[:, index]))
+            parts.append(torch.empty_like(part))
+            _copy_rows(parts[-1], part.numpy(), head_dim)
+        return tuple(parts)
 
     def assert_all_used(self) -> None:
         self._pool.shutdown()

@@ -1,0 +1,76 @@
+"""Quantized layers on a CPU: as int4 for a few tokens, as floating point for many.
+
+With a few tokens a product takes as long as its weights take to be read, and int4 ones are a
+quarter of bfloat16's; with many, dequantizing inside the product costs more than it saves.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from sglang.quantization.unquantized import Unquantized
+
+if TYPE_CHECKING:
+    from sglang.layers.linear import Linear
+
+_UNQUANTIZED = Unquantized()
+
+
+def has_bfloat16_units() -> bool:
+    """Whether this CPU multiplies bfloat16 itself."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+class CPULinear:
+    """What a method does with `layer.weight`, [N, K] in floating point, and maybe an int4 form."""
+
+    INT4_TOKENS = 4 if has_bfloat16_units() else 16
+    """Up to here int4 is quicker."""
+
+    @classmethod
+    def prepare(
+        cls,
+        layer: Linear,
+        int4: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+        in_bfloat16: bool = False,
+    ) -> None:
+        """int4: (q uint8 [N, K], scales [groups, N], low [groups, N]), W = q scale + low.
+        in_bfloat16: other products are, whatever the activations are, on a CPU that has units for
+        it; otherwise they are in the layer's dtype."""
+        layer.int4_packed = None
+        layer.compute_dtype = layer.dtype
+        if int4 is not None and _fits(*int4):
+            q, scales, low = int4
+            layer.int4_group = q.shape[1] // len(scales)
+            layer.int4_packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.int(), 1)
+            # torch's zero point is what 8 stands for.
+            pair = torch.stack((scales, low + 8 * scales), 2)
+            layer.int4_scales = pair.bfloat16().contiguous()  # [groups, N, 2]
+        if in_bfloat16:
+            layer.compute_dtype = torch.bfloat16 if has_bfloat16_units() else torch.float32
+        use = layer.compute_dtype
+        layer.weight = nn.Parameter(layer.weight.to(use), requires_grad=False)
+        dtype, layer.dtype = layer.dtype, use
+        _UNQUANTIZED.finish(layer)
+        layer.dtype = dtype
+
+    @classmethod
+    def apply(cls, layer: Linear, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        if layer.int4_packed is not None and len(x) <= cls.INT4_TOKENS:
+            out = torch.ops.aten._weight_int4pack_mm_for_cpu(
+                x.bfloat16(), layer.int4_packed, layer.int4_group, layer.int4_scales
+            ).to(x.dtype)
+            return out if bias is None else out + bias
+        if layer.compute_dtype == x.dtype:
+            return _UNQUANTIZED.apply(layer, x, bias)
+        out = _UNQUANTIZED.apply(layer, x.to(layer.compute_dtype), None).to(x.dtype)
+        return out if bias is None else out + bias
+
+
+def _fits(q: torch.Tensor, scales: torch.Tensor, low: torch.Tensor) -> bool:
+    """What torch's kernel takes."""
+    (n, k), group = q.shape, q.shape[1] // len(scales)
+    return n % 32 == 0 and k % group == 0 and group in (32, 64, 128, 256)

@@ -1,0 +1,228 @@
+"""Integer weights with scales for groups of inputs: AWQ, GPTQ, compressed-tensors' pack-quantized.
+
+The formats differ in what is packed how; each reader here undoes that, once, at load. What comes of
+it is the same for all: W[n, k] = q[n, k] scale[g, n] + low[g, n].
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from sglang.kernels.int4 import Int4Weight, int4_linear, pack_int4
+from sglang.quantization.base import LinearMethod, StoredTensor
+from sglang.quantization.cpu import CPULinear
+from sglang.quantization.schemes import Scheme
+
+if TYPE_CHECKING:
+    from sglang.layers.linear import Linear
+    from sglang.models.checkpoint import Checkpoint
+
+
+@dataclass
+class GroupedWeight:
+    q: torch.Tensor
+    """uint8 [N, K]."""
+    scales: torch.Tensor
+    """float32 [groups, N]."""
+    zeros: torch.Tensor
+    """float32 [groups, N], whole numbers."""
+    group_of: torch.Tensor | None = None
+    """[K], the group of every input, where they are not in order."""
+
+
+def unpack_words(words: torch.Tensor, bits: int, dim: int) -> torch.Tensor:
+    """int32, each with 32 / bits numbers along `dim`, lowest bits first -> uint8."""
+    shifts = range(0, 32, bits)
+    numbers = [(words >> shift & (1 << bits) - 1).to(torch.uint8) for shift in shifts]
+    return torch.stack(numbers, dim + 1).flatten(dim, dim + 1)
+
+
+class GroupedLinear(LinearMethod):
+    def __init__(self, scheme: Scheme) -> None:
+        self.scheme = scheme
+
+    def groups(self, in_features: int) -> int:
+        size = self.scheme.group_size
+        if size == -1:
+            return 1
+        if in_features % size:
+            raise ValueError(f"{in_features} inputs are no whole number of groups of {size}")
+        return in_features // size
+
+    def group_dim(self, dim: int, in_features: int) -> int | None:
+        """`dim`, along which groups run, as an input dimension: None where every rank wants all
+        groups, because there is one, or they are in no order."""
+        return None if self.groups(in_features) == 1 or self.scheme.act_order else dim
+
+    @abstractmethod
+    def read(self, layer: Linear) -> GroupedWeight:
+        """From the parameters that were loaded."""
+
+    def finish(self, layer: Linear) -> None:
+        names = [stored.suffix for stored in self.tensors(layer.in_features, 8, layer.dtype)]
+        weight = self.read(layer)
+        for name in names:
+            delattr(layer, name)
+        if layer.device.type == "cpu" or self.scheme.bits != 4:
+            return self._finish_dense(layer, weight)
+        self._finish_int4(layer, weight)
+
+    def _finish_dense(self, layer: Linear, weight: GroupedWeight) -> None:
+        """In floating point; on a CPU that computes in bfloat16 as int4 besides, if it can be."""
+        group_of = weight.group_of
+        if group_of is None:
+            k = torch.arange(weight.q.shape[1], device=layer.device)
+            group_of = k // (weight.q.shape[1] // len(weight.scales))
+        dense = weight.q.float()
+        dense -= weight.zeros[group_of].t()
+        dense *= weight.scales[group_of].t()
+        layer.weight = nn.Parameter(dense.to(layer.dtype), requires_grad=False)
+        layer.int4 = None
+        low_bit = None
+        if layer.dtype == torch.bfloat16 and self.scheme.bits == 4 and weight.group_of is None:
+            low_bit = (weight.q, weight.scales, -weight.zeros * weight.scales)
+        CPULinear.prepare(layer, low_bit)
+
+    def _finish_int4(self, layer: Linear, weight: GroupedWeight) -> None:
+        q, num_inputs = weight.q, weight.q.shape[1]
+        order = None
+        if weight.group_of is not None:
+            order = weight.group_of.argsort(stable=True)
+            counts = weight.group_of.bincount(minlength=len(weight.scales))
+            if (counts != num_inputs // len(weight.scales)).any():
+                raise ValueError(
+                    f"{layer.parts[0].name}: with desc_act its inputs cannot be split over ranks"
+                )
+            q = q[:, order]
+        layer.int4 = Int4Weight(
+            pack_int4(q).contiguous(),
+            weight.scales.to(layer.dtype).contiguous(),
+            weight.zeros.to(layer.dtype).contiguous(),
+            num_inputs,
+            num_inputs // len(weight.scales),
+        )
+        layer.input_order = order
+
+    def apply(self, layer: Linear, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        if layer.int4 is None:
+            return CPULinear.apply(layer, x, bias)
+        if layer.input_order is not None:
+            x = x[:, layer.input_order]
+        return int4_linear(x, layer.int4, bias)
+
+
+class AWQLinear(GroupedLinear):
+    """AutoAWQ's "gemm" layout: [K, N] with eight outputs in a word, their order interleaved."""
+
+    ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # which nibble has the outputs 0, 1, 2...
+
+    def tensors(
+        self, in_features: int, out_features: int, dtype: torch.dtype
+    ) -> list[StoredTensor]:
+        k, n, groups = in_features, out_features, self.groups(in_features)
+        by_group = self.group_dim(0, k)
+        return [
+            StoredTensor("qweight", (k, n // 8), torch.int32, output_dim=1, input_dim=0),
+            StoredTensor("qzeros", (groups, n // 8), torch.int32, output_dim=1, input_dim=by_group),
+            StoredTensor("scales", (groups, n), torch.float32, output_dim=1, input_dim=by_group),
+        ]
+
+    def read(self, layer: Linear) -> GroupedWeight:
+        q, zeros = (
+            unpack_words(words, 4, 1).unflatten(1, (-1, 8))[:, :, self.ORDER].flatten(1)
+            for words in (layer.qweight.data, layer.qzeros.data)
+        )
+        return GroupedWeight(q.t(), layer.scales.data, zeros.float())
+
+
+class GPTQLinear(GroupedLinear):
+    """[K, N] with several inputs in a word; of zero points several outputs."""
+
+    def tensors(
+        self, in_features: int, out_features: int, dtype: torch.dtype
+    ) -> list[StoredTensor]:
+        k, n, groups, bits = in_features, out_features, self.groups(in_features), self.scheme.bits
+        by_group = self.group_dim(0, k)
+        stored = [
+            StoredTensor("qweight", (k * bits // 32, n), torch.int32, output_dim=1, input_dim=0),
+            StoredTensor(
+                "qzeros", (groups, n * bits // 32), torch.int32, output_dim=1, input_dim=by_group
+            ),
+            StoredTensor("scales", (groups, n), torch.float32, output_dim=1, input_dim=by_group),
+        ]
+        if self.scheme.act_order:
+            stored.append(StoredTensor("g_idx", (k,), torch.int32, input_dim=0))
+        return stored
+
+    def load(self, layer: Linear, checkpoint: Checkpoint) -> None:
+        super().load(layer, checkpoint)
+        for part in layer.parts:
+            checkpoint.ignore(f"{part.name}.g_idx")  # stored even if it says nothing
+
+    def read(self, layer: Linear) -> GroupedWeight:
+        bits = self.scheme.bits
+        q = unpack_words(layer.qweight.data, bits, 0).t()
+        zeros = unpack_words(layer.qzeros.data, bits, 1).float() + self.scheme.zero_offset
+        if bits == 4:
+            zeros %= 16  # 15, stored in the first version's way, is 0 less one
+        group_of = _one_order(layer, layer.g_idx.data) if self.scheme.act_order else None
+        return GroupedWeight(q, layer.scales.data, zeros, group_of)
+
+
+class PackedLinear(GroupedLinear):
+    """compressed-tensors' "pack-quantized": [N, K] with eight inputs in a word, less 8."""
+
+    def tensors(
+        self, in_features: int, out_features: int, dtype: torch.dtype
+    ) -> list[StoredTensor]:
+        k, n, groups = in_features, out_features, self.groups(in_features)
+        by_group = self.group_dim(1, k)
+        stored = [
+            StoredTensor("weight_packed", (n, k // 8), torch.int32, output_dim=0, input_dim=1),
+            StoredTensor(
+                "weight_scale", (n, groups), torch.float32, output_dim=0, input_dim=by_group
+            ),
+        ]
+        if not self.scheme.symmetric:
+            stored.append(
+                StoredTensor(
+                    "weight_zero_point", (n // 8, groups), torch.int32, output_dim=0,
+                    input_dim=by_group,
+                )
+            )  # fmt: skip
+        if self.scheme.act_order:
+            stored.append(StoredTensor("weight_g_idx", (k,), torch.int32, input_dim=0))
+        return stored
+
+    def load(self, layer: Linear, checkpoint: Checkpoint) -> None:
+        super().load(layer, checkpoint)
+        for part in layer.parts:
+            checkpoint.ignore(f"{part.name}.weight_shape")
+
+    def read(self, layer: Linear) -> GroupedWeight:
+        q = unpack_words(layer.weight_packed.data, 4, 1)
+        scales = layer.weight_scale.data.t()
+        zeros = torch.full_like(scales, 8.0)
+        if not self.scheme.symmetric:
+            zeros = unpack_words(layer.weight_zero_point.data, 4, 0).float().t()
+        group_of = None
+        if self.scheme.act_order:
+            group_of = _one_order(layer, layer.weight_g_idx.data)
+        return GroupedWeight(q, scales, zeros, group_of)
+
+
+def _one_order(layer: Linear, group_of: torch.Tensor) -> torch.Tensor:
+    """[parts, K] -> [K]: layers that are fused see the same inputs, so quantizers give them the
+    same order."""
+    if (group_of != group_of[0]).any():
+        names = ", ".join(part.name for part in layer.parts)
+        raise ValueError(f"{names} have their inputs in different orders, which cannot be served")
+    return group_of[0].long()
+
+
+METHODS = {"awq": AWQLinear, "gptq": GPTQLinear, "compressed-tensors": PackedLinear}
