@@ -98,6 +98,11 @@ class ServerArgs:
         "auto: triton on a GPU, torch_native on a CPU",
         choices=("auto", "triton", "torch_native"),
     )
+    kv_cache_dtype: str = _flag(
+        "auto",
+        "auto: as the activations; fp8_e4m3: half the memory, on a GPU",
+        choices=("auto", "fp8_e4m3"),
+    )
     disable_cuda_graph: bool = _flag(False, "launch every kernel of a decode step by itself")
     cuda_graph_max_bs: int | None = _flag(
         None, "largest batch with a CUDA graph (default: max-running-requests)"

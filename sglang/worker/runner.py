@@ -61,6 +61,15 @@ class Limits:
         )
 
 
+def kv_dtype(flag: str, model_dtype: str, device: torch.device) -> torch.dtype:
+    """Of the KV cache. Raises ValueError where the device has no kernels for it."""
+    if flag == "auto":
+        return getattr(torch, model_dtype)
+    if device.type != "cuda":
+        raise ValueError(f"--kv-cache-dtype {flag} needs a GPU")
+    return torch.float8_e4m3fn
+
+
 class ModelRunner:
     """`launch` never waits for the device: it enqueues a step, behind those before it, and returns
     what will hold its tokens."""
@@ -70,7 +79,7 @@ class ModelRunner:
         self.tp = tp
         self.checks_ranks = args.check_ranks
         limits = Limits.of(args, self.device)
-        dtype = getattr(torch, config.dtype)
+        dtype = kv_dtype(args.kv_cache_dtype, config.dtype, self.device)
 
         # Weights
         self.model = build_model(
