@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sglang.kernels.launch import launch_next, pdl, wait_for_previous
+from sglang.kernels.launch import counters, launch_next, pdl, wait_for_previous
 
 
 def decode_attention(
@@ -95,12 +95,6 @@ def decode_config(
         max_splits=min(splits, triton.next_power_of_2(triton.cdiv(max_len, split_tokens))),
         split_tokens=split_tokens,
     )
-
-
-@cache
-def _counters(device: torch.device, count: int) -> torch.Tensor:
-    """int32 zeros, which every launch leaves as zeros; launches share them, in one stream."""
-    return torch.zeros(count, dtype=torch.int32, device=device)
 
 
 # What varies from step to step, alignment included, must not compile a kernel anew.
@@ -241,7 +235,7 @@ def decode_attention_triton(
     f32 = {"dtype": torch.float32, "device": q.device}
     partial = torch.empty(num_rows, num_q_heads, config.max_splits, dim, **f32)
     lse = torch.empty(num_rows, num_q_heads, config.max_splits, **f32)
-    ended = _counters(q.device, max(1 << 15, triton.next_power_of_2(num_rows * heads)))
+    ended = counters(q.device, num_rows * heads)
     # Heads first: programs side by side then read neighbouring parts of the same slots.
     _decode_kernel[(heads, num_rows, config.max_splits)](
         q, k_cache, v_cache, slot_table, rows, kv_lens, partial, lse, ended, out,

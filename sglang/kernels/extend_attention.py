@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from sglang.kernels.launch import counters
+
 
 def extend_attention(
     q: torch.Tensor,
@@ -86,20 +88,23 @@ class ExtendConfig:
     pack: bool
     """Whether the query heads that share a KV head also share a tile, [tokens x heads, D]: with
     few new tokens it fills the tile, and they then read the same K and V once."""
+    max_splits: int = 1
+    """Programs that may share a tile's keys out among themselves, for few tokens over many keys."""
+    split_tokens: int = 512
+    """A tile gets another split for each of these keys, until it has max_splits."""
 
 
 def extend_config(max_q_len: int, group: int, head_dim: int) -> ExtendConfig:
     pack = group > 1
     rows = max_q_len * group if pack else max_q_len
-    if rows <= 16:
-        return ExtendConfig(16, 64, num_warps=4, num_stages=3, pack=pack)
+    splits = 8 if max_q_len <= 128 else 4 if max_q_len <= 512 else 1
     if rows <= 32:
-        return ExtendConfig(32, 64, num_warps=4, num_stages=3, pack=pack)
+        return ExtendConfig(16 if rows <= 16 else 32, 64, 4, 3, pack, splits)
     if max_q_len < 1024 or head_dim > 128:
         if head_dim > 128:
-            return ExtendConfig(128, 64, num_warps=8, num_stages=2, pack=pack)
-        return ExtendConfig(64, 64, num_warps=4, num_stages=3, pack=pack)
-    return ExtendConfig(128, 128, num_warps=8, num_stages=3, pack=pack)
+            return ExtendConfig(128, 64, 8, 2, pack, splits)
+        return ExtendConfig(64, 64, 4, 3, pack, splits)
+    return ExtendConfig(128, 128, 8, 3, pack)
 
 
 @triton.jit
@@ -153,7 +158,7 @@ def _attend(
 
 # What varies from step to step, alignment included, must not compile a kernel anew.
 @triton.jit(
-    do_not_specialize=["num_rows"],
+    do_not_specialize=["num_rows", "split_tokens"],
     do_not_specialize_on_alignment=["rows_ptr", "q_starts_ptr", "lens_ptr"],
 )
 def _extend_kernel(
@@ -165,11 +170,15 @@ def _extend_kernel(
     q_starts_ptr,
     lens_ptr,
     out_ptr,  # [T, HQ, D] contiguous
+    partial_ptr,  # float32 [T, HQ, MAX_SPLITS, D], normalised within its split
+    lse_ptr,  # float32 [T, HQ, MAX_SPLITS], log2 of the split's sum of exponentials
+    ended_ptr,  # int32 [tiles, heads], splits that have ended
     q_stride,
     kv_stride,  # of a slot, in both caches
     table_stride,
     scale_log2,
     num_rows,
+    split_tokens,
     WINDOW: tl.constexpr,
     HQ: tl.constexpr,
     GROUP: tl.constexpr,
@@ -179,6 +188,7 @@ def _extend_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     ROWS_PADDED: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
 ):
     """Tiles are numbered through the rows: row r's begin at q_starts[r] // TOKENS + r, which leaves
     each at least as many numbers as it needs. A program takes every num_programs-th number: the
@@ -216,28 +226,71 @@ def _extend_kernel(
             query_at = prefix + token
             table = table_ptr + tl.load(rows_ptr + row).to(tl.int64) * table_stride
 
-            most = tl.full([BLOCK_M], -1.0e30, tl.float32)
-            total = tl.zeros([BLOCK_M], tl.float32)
-            acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+            # Keys start..masked-1 are seen by every query of this tile: whole tiles of them.
             end = tl.minimum(prefix + first + TOKENS, kv_len)
+            start = 0
+            masked = tl.maximum(prefix + first + 1, 0) // BLOCK_N * BLOCK_N
             if WINDOW > 0:
                 start = tl.maximum(prefix + first - WINDOW + 1, 0) // BLOCK_N * BLOCK_N
-            else:
-                # Whole tiles of keys that every query of this tile sees.
-                start = tl.maximum(prefix + first + 1, 0) // BLOCK_N * BLOCK_N
+                masked = start
+            splits = 1
+            split = 0
+            if MAX_SPLITS > 1:
+                split = tl.program_id(2)
+                size = tl.cdiv(end - start, MAX_SPLITS * BLOCK_N) * BLOCK_N
+                size = tl.maximum(size, split_tokens)
+                splits = tl.maximum(tl.cdiv(end - start, size), 1)
+                start += split * size
+                end = tl.minimum(start + size, end)
+                masked = tl.minimum(tl.maximum(masked, start), end)
+            if split < splits:
+                most = tl.full([BLOCK_M], -1.0e30, tl.float32)
+                total = tl.zeros([BLOCK_M], tl.float32)
+                acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+                if WINDOW == 0:
+                    acc, most, total = _attend(
+                        acc, most, total, q, query_at, start, masked, kv_len, table, k_base, v_base,
+                        kv_stride, scale_log2, False, WINDOW, D, BLOCK_D, BLOCK_N,
+                    )  # fmt: skip
                 acc, most, total = _attend(
-                    acc, most, total, q, query_at, 0, start, kv_len, table, k_base, v_base,
-                    kv_stride, scale_log2, False, WINDOW, D, BLOCK_D, BLOCK_N,
+                    acc, most, total, q, query_at, masked, end, kv_len, table, k_base, v_base,
+                    kv_stride, scale_log2, True, WINDOW, D, BLOCK_D, BLOCK_N,
                 )  # fmt: skip
-            acc, most, total = _attend(
-                acc, most, total, q, query_at, start, end, kv_len, table, k_base, v_base,
-                kv_stride, scale_log2, True, WINDOW, D, BLOCK_D, BLOCK_N,
-            )  # fmt: skip
-
-            # A row of padding (kv_len 0) sees no key at all, and gets zeros.
-            out = acc / tl.where(total > 0, total, 1.0)[:, None]
-            out_at = out_ptr + (q_row * HQ + head[:, None]) * D + d[None, :]
-            tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=q_mask)
+                # A row of padding (kv_len 0) sees no key at all, and gets zeros.
+                acc = acc / tl.where(total > 0, total, 1.0)[:, None]
+                at = q_row * HQ + head[:, None]  # [BLOCK_M, 1]
+                out_at = out_ptr + at * D + d[None, :]
+                dtype = out_ptr.dtype.element_ty
+                if splits == 1:
+                    tl.store(out_at, acc.to(dtype), mask=q_mask)
+                elif MAX_SPLITS > 1:
+                    lse = (most * scale_log2 + tl.log2(total))[:, None]
+                    at_split = at * MAX_SPLITS + split
+                    tl.store(partial_ptr + at_split * D + d[None, :], acc, mask=q_mask)
+                    tl.store(lse_ptr + at_split, lse, mask=in_tile[:, None])
+                    tl.debug_barrier()  # the stores of all threads come before the count
+                    ended_at = ended_ptr + tile * tl.num_programs(0) + tl.program_id(0)
+                    if tl.atomic_add(ended_at, 1, sem="acq_rel") == splits - 1:
+                        tl.store(ended_at, 0)
+                        highest = tl.full([BLOCK_M, 1], -float("inf"), tl.float32)
+                        shares = tl.zeros([BLOCK_M, 1], tl.float32)
+                        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+                        for s in range(splits):
+                            at_split = at * MAX_SPLITS + s
+                            lse_at = lse_ptr + at_split
+                            part_at = partial_ptr + at_split * D + d[None, :]
+                            # Past the L1, which other SMs' stores do not reach.
+                            lse = tl.load(
+                                lse_at, mask=in_tile[:, None], other=0.0, cache_modifier=".cg"
+                            )
+                            part = tl.load(part_at, mask=q_mask, other=0.0, cache_modifier=".cg")
+                            new_highest = tl.maximum(highest, lse)
+                            shrink = tl.exp2(highest - new_highest)
+                            share = tl.exp2(lse - new_highest)
+                            acc = acc * shrink + part * share
+                            shares = shares * shrink + share
+                            highest = new_highest
+                        tl.store(out_at, (acc / shares).to(dtype), mask=q_mask)
 
 
 def extend_attention_triton(
@@ -266,11 +319,16 @@ def extend_attention_triton(
     # A program for each tile, unless there are very many short rows.
     at_most = min(num_tokens, num_tokens // tokens + num_rows)
     programs = min(at_most, max(num_tokens // tokens + 16, 1024 // heads))
+    splits, partial, lse, ended = config.max_splits, None, None, None
+    if splits > 1:
+        partial = torch.empty(num_tokens, num_q_heads, splits, dim, device=q.device)
+        lse = torch.empty(num_tokens, num_q_heads, splits, device=q.device)
+        ended = counters(q.device, at_most * heads)
     # Heads first: those of one group then read the same K and V at about the same time.
-    _extend_kernel[(heads, programs)](
-        q, k_cache, v_cache, slot_table, rows, q_starts, kv_lens, out,
+    _extend_kernel[(heads, programs, splits)](
+        q, k_cache, v_cache, slot_table, rows, q_starts, kv_lens, out, partial, lse, ended,
         q.stride(0), k_cache.stride(0), slot_table.stride(0),
-        scale * math.log2(math.e), num_rows,
+        scale * math.log2(math.e), num_rows, config.split_tokens,
         WINDOW=window,
         HQ=num_q_heads,
         GROUP=group,
@@ -280,6 +338,7 @@ def extend_attention_triton(
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         ROWS_PADDED=max(256, triton.next_power_of_2(num_rows)),
+        MAX_SPLITS=splits,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )  # fmt: skip

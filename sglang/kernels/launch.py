@@ -1,5 +1,6 @@
-"""Programmatic dependent launch: a kernel begins while the one before it in the stream ends.
+"""What kernels share when they are launched.
 
+Programmatic dependent launch: a kernel begins while the one before it in the stream ends.
 Between two small kernels of a CUDA graph lies a microsecond or more. A kernel launched with
 `**pdl(device)` may begin once all programs of its predecessor have called `launch_next`, or ended;
 before it reads what the predecessor wrote, and before it writes anything, it must call
@@ -39,3 +40,14 @@ def wait_for_previous(PDL: tl.constexpr):
 def launch_next(PDL: tl.constexpr):
     if PDL:
         gdc_launch_dependents()
+
+
+def counters(device: torch.device, count: int) -> torch.Tensor:
+    """int32 zeros, at least `count`, for programs to count how many of them have ended. Every
+    launch leaves them as zeros, and the launches of one stream share them."""
+    return _zeros(device, max(1 << 15, triton.next_power_of_2(count)))
+
+
+@cache
+def _zeros(device: torch.device, count: int) -> torch.Tensor:
+    return torch.zeros(count, dtype=torch.int32, device=device)

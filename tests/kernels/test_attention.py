@@ -73,7 +73,8 @@ def test_extend_agrees_with_its_twin(seed: int) -> None:
     q = randn(sum(news), kv_heads * group, dim, dtype=dtype)
     starts = torch.nn.functional.pad(int32(news).cumsum(0), (1, 0)).int()
     args = (q, *cache.args(), starts, lens, dim**-0.5, window, max(news))
-    configs = [ExtendConfig(rng.choice([16, 32, 64]), 32, 4, 2, pack=rng.random() < 0.5)]
+    splits = rng.choice([(1, 512), (4, 32), (8, 64)])
+    configs = [ExtendConfig(rng.choice([16, 32, 64]), 32, 4, 2, rng.random() < 0.5, *splits)]
     if GPU:
         configs.append(None)
     expected = extend_attention_naive(*args)
