@@ -110,26 +110,31 @@ def sweep_candidates(section: str) -> Iterator[tuple[tuple, list[tuple[str, dict
             (128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 4, 2), (128, 64, 4, 3), (64, 64, 4, 3),
             (128, 64, 8, 3), (64, 128, 4, 2), (128, 256, 8, 2),
         ]  # fmt: skip
-        short = [
-            (16, 64, 4, 3), (16, 64, 4, 4), (16, 128, 4, 3), (32, 64, 4, 3), (32, 128, 4, 2),
-            (64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 3),
-        ]  # fmt: skip
-        for tiles, shapes in (
-            (long, ((4096, 0, 32, 8, 128), (4096, 0, 16, 8, 128), (16384, 0, 32, 32, 128))),
-            (long, ((512, 0, 16, 8, 128, 16), (1024, 0, 16, 8, 128, 8), (128, 0, 16, 8, 128))),
-            (short, ((64, 2048, 16, 8, 128, 256), (128, 8192, 32, 8, 128))),
-            (short, ((16, 4096, 32, 8, 128), (16, 4096, 32, 8, 128, 32))),
-        ):
-            for shape in shapes:
-                yield (
-                    shape,
-                    [
-                        (f"{tile} pack={pack}", {"config": Config(*tile, pack=pack)})
-                        for tile, pack in itertools.product(tiles, (True, False))
-                        if pack or tiles is long
-                        if shape[2] > shape[3] or not pack
-                    ],
-                )
+        for shape in (
+            (4096, 0, 32, 8, 128), (4096, 0, 16, 8, 128), (16384, 0, 32, 32, 128),
+            (512, 0, 16, 8, 128, 16), (1024, 0, 16, 8, 128, 8), (128, 0, 16, 8, 128),
+        ):  # fmt: skip
+            packs = (True, False) if shape[2] > shape[3] else (False,)
+            yield (
+                shape,
+                [
+                    (f"{tile} pack={pack}", {"config": Config(*tile, pack=pack)})
+                    for tile, pack in itertools.product(long, packs)
+                ],
+            )
+        short = [(16, 64, 4, 3), (32, 64, 4, 3), (64, 64, 4, 3), (128, 64, 8, 3)]
+        for shape in (
+            (64, 2048, 16, 8, 128, 256), (128, 8192, 32, 8, 128), (16, 4096, 32, 8, 128),
+            (16, 4096, 32, 8, 128, 32), (1, 1024, 16, 8, 128, 32),
+        ):  # fmt: skip
+            yield (
+                shape,
+                [
+                    (f"{tile} splits {m} of {t}", {"config": Config(*tile, True, m, t)})
+                    for tile in short
+                    for m, t in ((1, 512), (4, 512), (8, 256), (8, 512), (16, 256))
+                ],
+            )
     elif section == "gemv":
         for *shape, kind in (
             (4096, 1024, "norm"), (1024, 2048, "plain"), (6144, 1024, "gated"),
