@@ -61,10 +61,9 @@ def test_readme_names_every_flag(name: str):
 def test_readme_names_no_flag_that_does_not_exist():
     """In its table; elsewhere it also speaks of other programs' flags."""
     readme = (ROOT / "README.md").read_text("utf-8")
-    table = readme.split("<!-- flags -->")[1].split("<!-- end of flags -->")[0]
-    named = {
-        m for row in table.splitlines() for m in re.findall(r"`--([\w-]+)`", row.split("|")[1])
-    }
+    table = readme.split("<!-- flags -->\n")[1].split("<!-- end of flags -->")[0]
+    first_column = "\n".join(row.split("|")[1] for row in table.splitlines())
+    named = set(re.findall(r"`--([\w-]+)`", first_column))
     spellings = {
         spelling.removeprefix("--")
         for field in ServerArgs.__dataclass_fields__.values()
@@ -129,24 +128,17 @@ def test_public_modules_say_what_they_are():
                 assert file.read().lstrip().startswith(('"""', "#")), f"{path} has no docstring"
 
 
-def test_the_router_needs_neither_torch_nor_triton():
-    code = (
-        "import sys, sglang.router.router, sglang.messages, sglang.model_config\n"
-        "heavy = {'torch', 'triton', 'transformers'} & set(sys.modules)\n"
-        "assert not heavy, heavy"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
-
-
-@pytest.mark.parametrize(
-    "script", sorted(p.name for p in PYTHON if p.parent.name == "benchmarks"), ids=str
-)
-def test_benchmarks_are_imported_without_being_run(script: str):
+def test_benchmarks_can_be_imported():
     """Those whose packages are here: a benchmark is used too seldom to break in silence."""
-    path = ROOT / "benchmarks" / script
-    code = f"import sys; sys.path.insert(0, {str(path.parent)!r}); import {path.stem}"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    missing = re.search(r"No module named '(aiohttp|matplotlib|flashinfer)'", done.stderr)
-    if missing:
-        pytest.skip(f"{missing.group(1)} is not installed")
+    folder = ROOT / "benchmarks"
+    code = f"""
+import importlib, sys
+sys.path[:0] = [{str(ROOT)!r}, {str(folder)!r}]
+for name in {sorted(path.stem for path in PYTHON if path.parent == folder)}:
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        assert error.name in ("aiohttp", "matplotlib", "flashinfer", "vllm"), (name, error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
