@@ -76,7 +76,7 @@ class ModelConfig:
     quantization_config: dict[str, Any] | None = None
     """The checkpoint's, as config.json has it."""
     quantization: str | None = None
-    """What is made of a checkpoint's weights at load: "fp8" or "int8", or "gguf": they stay 4-bit."""
+    """What becomes of its weights at load: "fp8" or "int8", or "gguf": they stay 4-bit."""
 
     @classmethod
     def load(cls, args: ServerArgs) -> ModelConfig:

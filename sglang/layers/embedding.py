@@ -11,7 +11,6 @@ from torch import nn
 from sglang.layers.linear import Linear, Part
 from sglang.layers.shard import Shard
 from sglang.quantization.base import Quantization
-from sglang.quantization.unquantized import Unquantized
 
 if TYPE_CHECKING:
     from sglang.models.checkpoint import Checkpoint
@@ -66,7 +65,7 @@ class OutputHead(Linear):
     ) -> None:
         """tied: the embedding whose weights these are."""
         part = Part(name, vocab_size, Shard(tp.rank, tp.size), padded=True)
-        method = Unquantized() if tied else quantization.linear(name)
+        method = quantization.tied_head() if tied else quantization.linear(name)
         super().__init__([part], hidden_size, method, dtype, device)
         self.tp = tp
         self.vocab_size = vocab_size

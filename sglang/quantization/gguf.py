@@ -21,6 +21,9 @@ class GGUFQuantization(Quantization, LinearMethod):
     def linear(self, name: str) -> LinearMethod:
         return self
 
+    def tied_head(self) -> LinearMethod:
+        return self
+
     def tensors(
         self, in_features: int, out_features: int, dtype: torch.dtype
     ) -> list[StoredTensor]:
