@@ -100,6 +100,11 @@ class Stats(Message):
     generated_tokens: int
     preemptions: int
     evicted_tokens: int
+    forced_tokens: int = 0
+    """Generated tokens that a grammar left no choice of: prefilled, not decoded."""
+    grammars: int = 0
+    """Grammars compiled, and how long that took."""
+    grammar_seconds: float = 0.0
 
 
 # --- router -> model workers (every rank gets the same bytes) ------------------------------------
@@ -130,6 +135,10 @@ class RowSpec(Message):
     prompt_len: int
     history: bytes
     """int32 tokens so far, prompt first; empty unless the row has penalties (they need counts)."""
+    prompt_logprobs_from: int = -1
+    """-1: none; p >= 0: of the prompt's tokens from position p on (the first token has none)."""
+    prompt: bytes = b""
+    """int32; empty unless there are prompt logprobs."""
 
 
 class StepPlan(Message):
@@ -141,6 +150,8 @@ class StepPlan(Message):
         slots         [T]                   where each new token's KV goes
         cached_slots  [sum of cached_len]   of the rows that open, in their order
         prefill_ids   [num_prefill_tokens]  T - num_decode
+        masks         [len(masked), W]      the tokens that a grammar allows: bit t % 32 of word
+                                            t // 32, with W = ceil(vocabulary / 32)
 
     New tokens follow those that the row has: the workers know its length. A decode row's input is
     `last_token[row]`, on the device.
@@ -151,6 +162,8 @@ class StepPlan(Message):
     num_rows: int
     num_decode: int
     num_prefill_tokens: int
+    masked: list[int] = []
+    """Which of the rows that sample (an index into StepResult.tokens) a grammar constrains."""
 
 
 class Shutdown(Message):
@@ -172,12 +185,26 @@ class WorkerReady(Message):
 
 
 class Logprobs(Message):
-    """Logprobs of one row's sampled token (or of one prompt position)."""
+    """Logprobs of one row's sampled token."""
 
     row: int
     logprob: float
     top_ids: list[int]
     top_logprobs: list[float]
+
+
+class PromptLogprobs(Message):
+    """Logprobs of n prompt tokens, from position `start` on, with k alternatives each."""
+
+    owner: int
+    """The row, where a worker says it; the handle, from the router on."""
+    start: int
+    logprobs: bytes
+    """float32[n]"""
+    top_ids: bytes
+    """int32[n * k]"""
+    top_logprobs: bytes
+    """float32[n * k]"""
 
 
 class StepResult(Message):
@@ -187,6 +214,7 @@ class StepResult(Message):
     step: int
     tokens: bytes
     logprobs: list[Logprobs] = []
+    prompt_logprobs: list[PromptLogprobs] = []
 
 
 # --- router -> detokenizer -----------------------------------------------------------------------
@@ -232,6 +260,7 @@ class TokenBatch(Message):
     finished: list[StreamFinished] = []
     logprobs: dict[int, TokenLogprob] = {}
     """By index into `tokens`, for the requests that asked."""
+    prompt_logprobs: list[PromptLogprobs] = []
 
 
 # --- detokenizer -> tokenizer manager ------------------------------------------------------------
@@ -271,6 +300,7 @@ class StreamDelta(Message):
     prompt_tokens: int = 0
     """Set, with cached_tokens, in a request's first delta."""
     cached_tokens: int = 0
+    prompt_logprobs: list[PromptLogprobs] = []
 
 
 class TextBatch(Message):

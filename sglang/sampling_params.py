@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
@@ -35,6 +36,12 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
     skip_special_tokens: bool = True
     no_stop_trim: bool = False
     """Keep the matched stop string or stop token in the text."""
+    regex: str | None = None
+    """The output is to match one of these, at most one of which is given..."""
+    json_schema: str | None = None
+    """...the schema as JSON text..."""
+    ebnf: str | None = None
+    """...in GBNF (`root ::= ...`) or Lark's notation."""
 
     @classmethod
     def from_dict(
@@ -54,6 +61,8 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
             given["stop"] = [given["stop"]]
         if isinstance(given.get("logit_bias"), dict):
             given["logit_bias"] = _int_keys(given["logit_bias"])
+        if isinstance(given.get("json_schema"), dict | bool):
+            given["json_schema"] = json.dumps(given["json_schema"])
         try:
             return msgspec.convert({**(defaults or {}), **given}, cls)
         except msgspec.ValidationError as error:

@@ -97,6 +97,10 @@ class Tokenizer:
             return _Redecoding(self._backend, skip_special_tokens)
         return _Bytewise(self._shown if skip_special_tokens else self._bytes, self._bytes)
 
+    def to_json(self) -> str:
+        """In the format of tokenizer.json."""
+        return self._backend.to_str()
+
     def is_special(self, id: int) -> bool:
         return id in self._special
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from sglang.messages import RowSpec, StepPlan, pack
 from sglang.router.radix_cache import EMPTY
-from sglang.router.request import Request
+from sglang.router.request import Request, Rows
 
 
 @dataclass
@@ -69,12 +69,13 @@ class PlanBuilder:
     def is_empty(self) -> bool:
         return not len(self.decode_rows) and not self.chunks
 
-    def build(self) -> tuple[StepPlan, bytes, Flight]:
+    def build(self, state: Rows) -> tuple[StepPlan, bytes, Flight]:
         flight = Flight(self.step, self.decode_rows, self.chunks)
         rows = flight.rows()
         q_lens = np.array([c.end - c.start for c in self.chunks], dtype=np.int32)
         samples = np.array([c.samples for c in self.chunks], dtype=np.int32)
-        lists = (self._prefill_slots, self._cached_slots, self._prefill_ids)
+        masked, masks = state.masks(flight.sampled_rows())
+        lists = (self._prefill_slots, self._cached_slots, self._prefill_ids, masks)
         payload = np.concatenate([rows, q_lens, samples, self.decode_slots, *chain(*lists)])
         plan = StepPlan(
             step=self.step,
@@ -82,5 +83,6 @@ class PlanBuilder:
             num_rows=len(rows),
             num_decode=len(self.decode_rows),
             num_prefill_tokens=int(q_lens.sum()),
+            masked=masked,
         )
         return plan, pack(payload), flight

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from sglang.messages import GenerateRequest, unpack
+from sglang.router.grammar import Grammar
 from sglang.router.radix_cache import Node
 
 NO_TOKEN = -1
@@ -16,7 +17,13 @@ class Request:
     While it waits it holds its tokens; while it runs they are in its row of `Rows`.
     """
 
-    def __init__(self, message: GenerateRequest, eos: tuple[int, ...], seed: int) -> None:
+    def __init__(
+        self,
+        message: GenerateRequest,
+        eos: tuple[int, ...],
+        seed: int,
+        grammar: Grammar | None = None,
+    ) -> None:
         params = message.params
         self.handle = message.handle
         self.params = params
@@ -28,6 +35,9 @@ class Request:
         self.stop_tokens = sorted({*params.stop_token_ids, *(() if params.ignore_eos else eos)})
         self.seed = seed
         self.top_logprobs = message.top_logprobs
+        self.prompt_logprobs_from = message.prompt_logprobs_from
+        """Of the prompt tokens from here on the logprobs are still wanted; -1: of none."""
+        self.grammar = grammar
         self.arrival = 0
         """Requests arrive in this order; a preempted one keeps its place."""
         self.overdue_at = 0
@@ -41,6 +51,18 @@ class Request:
         """Tokens of its beginning that the tree held when it was admitted, or got from it since."""
         self.matched: tuple[int, int] = (-1, 0)
         """(tree version, match length): so that waiting costs no walks of an unchanged tree."""
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Logprobs of some of its prompt's tokens are still wanted."""
+        return 0 <= self.prompt_logprobs_from < self.prompt_len
+
+    def reusable(self) -> np.ndarray:
+        """The tokens that need not be computed if their KV is cached: those whose logits nobody
+        wants."""
+        if self.scores_prompt:
+            return self.tokens[: max(self.prompt_logprobs_from - 1, 0)]
+        return self.tokens[:-1]
 
     def __repr__(self) -> str:
         return f"Request({self.handle}, prompt {self.prompt_len}, limit {self.limit})"
@@ -70,7 +92,7 @@ class Rows:
         self.known = column()
         """Tokens committed."""
         self.prefill_len = column()
-        """Tokens known when the row opened."""
+        """Tokens known when the row opened, or when a grammar last forced some."""
         self.planned = column()
         """Tokens whose KV is written once the steps sent so far have ended."""
         self.admission = column(np.int64)
@@ -84,6 +106,8 @@ class Rows:
         """In no further plan; settled when the last flying step is committed."""
         self.ended = column(bool)
         """Leaving for good: results that still come are dropped. (Preempted: they count.)"""
+        self.constrained = column(bool)
+        """By a grammar: not planned while flying, as its mask needs the last token."""
         self.stop_tokens = np.full((num_rows, 4), NO_TOKEN, dtype=np.int32)
         self._free = list(range(num_rows))[::-1]
 
@@ -107,6 +131,7 @@ class Rows:
         self.limit[row] = request.limit
         self.handle[row] = request.handle
         self.open[row], self.leaving[row], self.ended[row] = True, False, False
+        self.constrained[row] = request.grammar is not None
         missing = len(request.stop_tokens) - self.stop_tokens.shape[1]
         if missing > 0:
             wider = np.full((self.num_rows, missing), NO_TOKEN, dtype=np.int32)
@@ -114,6 +139,11 @@ class Rows:
         self.stop_tokens[row] = NO_TOKEN
         self.stop_tokens[row, : len(request.stop_tokens)] = request.stop_tokens
         return row
+
+    def masks(self, sampled: np.ndarray) -> tuple[list[int], list[np.ndarray]]:
+        """(indices of the constrained ones among these rows, what their grammars allow)."""
+        at = np.flatnonzero(self.constrained[sampled])
+        return at.tolist(), [self.requests[row].grammar.mask() for row in sampled[at]]  # type: ignore
 
     def close_row(self, row: int) -> None:
         request = self.requests[row]

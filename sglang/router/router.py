@@ -22,8 +22,11 @@ from sglang.messages import (
 )
 from sglang.model_config import ModelConfig
 from sglang.processes import start_heartbeat
+from sglang.router.grammar import Grammars, grammar_kind, load_tokenizer
 from sglang.router.scheduler import Scheduler
 from sglang.server_args import ServerArgs
+
+GRAMMAR_POLL_MS = 2
 
 
 class Workers:
@@ -61,6 +64,7 @@ class Router:
         addresses: Addresses,
         workers: Workers,
         scheduler: Scheduler,
+        grammars: Grammars,
         depth: int,
     ) -> None:
         self._requests = bind_inbox(context, addresses.router)
@@ -68,6 +72,7 @@ class Router:
         self._tokenizer_manager = connect_outbox(context, addresses.tokenizer_manager)
         self._workers = workers
         self._scheduler = scheduler
+        self._grammars = grammars
         self._depth = depth
         self._decoder = Decoder(ToRouter)
 
@@ -77,7 +82,9 @@ class Router:
     def run(self) -> None:
         scheduler, flying = self._scheduler, self._scheduler.flying
         while True:
-            self._receive(block=scheduler.is_idle())
+            self._receive(wait=scheduler.is_idle())
+            for request, grammar in self._grammars.done():
+                scheduler.add(request, grammar)
             if len(flying) < self._depth and (step := scheduler.plan()) is not None:
                 self._workers.send(*step)
             elif flying:
@@ -85,24 +92,34 @@ class Router:
             if (news := scheduler.take_outbox()) is not None:
                 self._detokenizer.send(encode(news))
 
-    def _receive(self, block: bool) -> None:
-        """Takes in all that has arrived; with `block`, waits for something to arrive."""
+    def _receive(self, wait: bool) -> None:
+        """Takes in all that has arrived; with `wait`, waits for something to arrive, or a grammar
+        that is being compiled."""
+        if wait:
+            self._requests.poll(GRAMMAR_POLL_MS if self._grammars.num_pending else None)
         while True:
             try:
-                frame = self._requests.recv(0 if block else zmq.NOBLOCK)
+                frame = self._requests.recv(zmq.NOBLOCK)
             except zmq.Again:
                 return
-            block = False
             match self._decoder.decode(frame):
+                case GenerateRequest() as request if grammar_kind(request.params) is not None:
+                    self._grammars.submit(request)
                 case GenerateRequest() as request:
                     self._scheduler.add(request)
                 case AbortRequest() as abort:
+                    for request in self._grammars.drop(abort.handles):
+                        self._scheduler.add(request)
                     self._scheduler.abort(abort.handles, abort.silent)
                 case FlushCache():
                     ok = self._scheduler.flush_cache()
                     self._tokenizer_manager.send(encode(FlushCacheReply(ok)))
                 case GetStats():
-                    self._tokenizer_manager.send(encode(self._scheduler.stats()))
+                    stats = self._scheduler.stats()
+                    stats.queued += self._grammars.num_pending
+                    stats.grammars = self._grammars.num_compiled
+                    stats.grammar_seconds = self._grammars.seconds
+                    self._tokenizer_manager.send(encode(stats))
 
 
 def run_router(args: ServerArgs, model: ModelConfig, addresses: Addresses) -> None:
@@ -121,7 +138,8 @@ def run_router(args: ServerArgs, model: ModelConfig, addresses: Addresses) -> No
         disable_radix_cache=args.disable_radix_cache,
         seed=args.random_seed or 0,
     )
-    router = Router(context, addresses, workers, scheduler, args.overlap_depth)
+    grammars = Grammars(lambda: load_tokenizer(args, model))
+    router = Router(context, addresses, workers, scheduler, grammars, args.overlap_depth)
     router.announce(EngineReady(ready.num_slots, ready.max_running_requests, model.context_len))
     start_heartbeat()
     router.run()

@@ -26,6 +26,7 @@ from sglang.messages import (
     pack,
     unpack,
 )
+from sglang.router.grammar import Grammar
 from sglang.router.plan import Chunk, Flight, PlanBuilder
 from sglang.router.radix_cache import RadixCache
 from sglang.router.request import Request, Rows
@@ -86,14 +87,15 @@ class Scheduler:
         self._prompt_tokens = 0
         self._hit_tokens = 0
         self._generated_tokens = 0
+        self._forced_tokens = 0
 
     # --- requests come and go ----------------------------------------------------------------
 
-    def add(self, message: GenerateRequest) -> None:
+    def add(self, message: GenerateRequest, grammar: Grammar | None = None) -> None:
         seed = message.params.seed
         if seed is None:
             seed = self._seeds.getrandbits(32)
-        request = Request(message, self._eos, seed & 0xFFFFFFFF)
+        request = Request(message, self._eos, seed & 0xFFFFFFFF, grammar)
         assert request.limit <= min(self.rows.tokens.shape[1], self.allocator.num_slots)
         self.requests[request.handle] = request
         self.waiting.add(request)
@@ -125,7 +127,7 @@ class Scheduler:
     def take_outbox(self) -> TokenBatch | None:
         """What there is to tell the detokenizer since the last call."""
         out = self._outbox
-        if not (out.handles or out.opened or out.finished):
+        if not (out.handles or out.opened or out.finished or out.prompt_logprobs):
             return None
         self._outbox = TokenBatch(b"", b"")
         return out
@@ -146,7 +148,7 @@ class Scheduler:
             if not self.flying and self._running_last() is not None:
                 return self._restart_all()
             return None
-        plan, payload, flight = builder.build()
+        plan, payload, flight = builder.build(self.rows)
         self.flying.append(flight)
         self._steps += 1
         self._future.step()
@@ -174,7 +176,7 @@ class Scheduler:
         rows = self.rows
         ready = (
             rows.running() & (rows.planned >= rows.prefill_len) & (rows.planned < rows.limit - 1)
-        )
+        ) & ~(rows.constrained & (rows.flying > 0))
         return np.flatnonzero(ready).astype(np.int32)
 
     def _plan_chunks(self, builder: PlanBuilder, requests: list[Request], budget: int) -> int:
@@ -215,9 +217,9 @@ class Scheduler:
         for request in self.waiting.candidates(self.cache):
             if not self.rows.num_free or budget <= 0:
                 break
-            reusable = request.tokens[:-1]  # the last token's logits are wanted in any case
+            reusable = request.reusable()
             cached = self.cache.match_len(reusable)
-            if claims.cover(request.tokens, cached):
+            if not request.scores_prompt and claims.cover(request.tokens, cached):
                 continue
             slots, node = self.cache.match(reusable)
             self.cache.lock(node)
@@ -289,6 +291,8 @@ class Scheduler:
             top_logprobs=request.top_logprobs,
             prompt_len=request.prompt_len,
             history=pack(request.tokens) if has_penalties else b"",
+            prompt_logprobs_from=request.prompt_logprobs_from if request.scores_prompt else -1,
+            prompt=pack(request.tokens[: request.prompt_len]) if request.scores_prompt else b"",
         )
         builder.open(spec, cached_slots)
 
@@ -338,6 +342,7 @@ class Scheduler:
         assert result.step == flight.step, "steps come back in order"
         in_step = flight.rows()
         rows.flying[in_step] -= 1
+        self._pass_on_prompt_logprobs(result)
         self._append(flight.sampled_rows(), unpack(result.tokens), result)
         for chunk in flight.chunks:
             if not rows.leaving[chunk.row]:
@@ -378,9 +383,43 @@ class Scheduler:
         stopped = (rows.stop_tokens[kept] == new[:, None]).any(axis=1)
         for row, token in zip(kept[stopped], new[stopped], strict=True):
             self._complete(row, "stop", int(token))
+        constrained = rows.constrained[kept] & ~stopped
+        for row, token in zip(kept[constrained], new[constrained], strict=True):
+            self._follow_grammar(int(row), int(token))
         alive = sampled[counts]
         for row in alive[(rows.known[alive] >= rows.limit[alive]) & ~rows.ended[alive]]:
             self._complete(row, "length")
+
+    def _follow_grammar(self, row: int, token: int) -> None:
+        """A constrained row's new token, and the tokens that its grammar then leaves no choice of:
+        they are known at once, and prefilled (SGLang's jump-forward decoding)."""
+        rows, request = self.rows, self.rows.requests[row]
+        assert request is not None and request.grammar is not None
+        known = int(rows.known[row])
+        jumps = request.top_logprobs < 0  # forced tokens have no logprobs
+        forced = request.grammar.accept(token, int(rows.limit[row]) - known if jumps else 0)
+        if forced:
+            rows.tokens[row, known : known + len(forced)] = forced
+            rows.known[row] = rows.prefill_len[row] = known + len(forced)
+            self._outbox.handles += pack([request.handle] * len(forced))
+            self._outbox.tokens += pack(forced)
+            self._generated_tokens += len(forced)
+            self._forced_tokens += len(forced)
+            if not rows.leaving[row]:
+                self._prefilling.append(request)
+        if request.grammar.failed:
+            self._complete(row, "abort")
+        elif request.grammar.is_complete:
+            self._complete(row, "stop")
+
+    def _pass_on_prompt_logprobs(self, result: StepResult) -> None:
+        for scored in result.prompt_logprobs:
+            request = self.rows.requests[scored.owner]
+            assert request is not None
+            if not self.rows.ended[scored.owner]:
+                request.prompt_logprobs_from = scored.start + len(scored.logprobs) // 4
+                scored.owner = request.handle
+                self._outbox.prompt_logprobs.append(scored)
 
     def _complete(self, row: int, reason: FinishReason, token: int | None = None) -> None:
         request = self.rows.requests[row]
@@ -465,4 +504,5 @@ class Scheduler:
             generated_tokens=self._generated_tokens,
             preemptions=self._preemptions,
             evicted_tokens=self.cache.num_evicted,
+            forced_tokens=self._forced_tokens,
         )

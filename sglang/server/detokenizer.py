@@ -10,6 +10,7 @@ from sglang.addresses import Addresses, bind_inbox, connect_outbox
 from sglang.messages import (
     AbortRequest,
     Decoder,
+    PromptLogprobs,
     StreamDelta,
     StreamEnd,
     StreamFinished,
@@ -76,13 +77,16 @@ class StopFinder:
 class _Stream:
     """One request, as the detokenizer knows it."""
 
-    __slots__ = ("decoder", "ids", "logprobs", "num_tokens", "opened", "stops", "told")
+    __slots__ = (
+        "decoder", "ids", "logprobs", "num_tokens", "opened", "prompt_logprobs", "stops", "told"
+    )  # fmt: skip
 
     def __init__(self, opened: StreamOpened, tokenizer: Tokenizer | None, lazy: bool) -> None:
         self.opened = opened
         self.num_tokens = 0
         self.logprobs: list[TokenLogprob] = []
         """Of tokens that no delta has told yet."""
+        self.prompt_logprobs: list[PromptLogprobs] = []
         self.told = False
         """The tokenizer manager has had a first delta."""
         self.stops = StopFinder(opened.stop, opened.no_stop_trim) if opened.stop else None
@@ -126,6 +130,9 @@ class Detokenizer:
             news.setdefault(end.handle, [])
         if batch.logprobs:
             self._take_logprobs(batch)
+        for scored in batch.prompt_logprobs:
+            if (stream := self._streams.get(scored.owner)) is not None:
+                stream.prompt_logprobs.append(scored)
 
         deltas: list[StreamDelta] = []
         stopped: list[int] = []
@@ -174,6 +181,7 @@ class Detokenizer:
         stream.logprobs = []
         if not stream.told:
             stream.told = True
+            delta.prompt_logprobs = stream.prompt_logprobs
             delta.prompt_tokens, delta.cached_tokens = opened.prompt_len, opened.cached_len
         if matched is not None or finished is not None:
             reason = "stop" if matched is not None else finished.reason  # type: ignore[union-attr]

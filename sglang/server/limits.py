@@ -12,6 +12,17 @@ from sglang.sampling_params import SamplingParams
 
 
 @dataclass(frozen=True)
+class LogprobsWanted:
+    """As GenerateRequest has it."""
+
+    top: int = -1
+    prompt_from: int = -1
+
+
+NO_LOGPROBS = LogprobsWanted()
+
+
+@dataclass(frozen=True)
 class Limits:
     """Errors are ValueErrors whose message starts with the field's name: "prompt",
     "max_new_tokens" or another field of SamplingParams."""
@@ -21,7 +32,13 @@ class Limits:
     max_total_tokens: int
     """KV slots."""
 
-    def request(self, handle: int, ids: list[int], params: SamplingParams) -> GenerateRequest:
+    def request(
+        self,
+        handle: int,
+        ids: list[int],
+        params: SamplingParams,
+        logprobs: LogprobsWanted = NO_LOGPROBS,
+    ) -> GenerateRequest:
         """The message to the router, with `max_new_tokens` set, if it can ever be served."""
         params.verify(self.vocab_size)
         array = self._check_ids(ids)
@@ -44,7 +61,7 @@ class Limits:
                 f"max_new_tokens is {params.max_new_tokens}, and the prompt has {len(ids)} tokens: "
                 f"{self._name_limit()} {len(ids) + room} tokens for both"
             )
-        return GenerateRequest(handle, pack(array), params)
+        return GenerateRequest(handle, pack(array), params, logprobs.top, logprobs.prompt_from)
 
     def _check_ids(self, ids: list[int]) -> np.ndarray:
         if not ids:

@@ -31,6 +31,7 @@ from sglang.messages import (
 )
 from sglang.model_config import ModelConfig
 from sglang.processes import Death, EngineProcesses
+from sglang.router.grammar import check_grammar, grammar_kind
 from sglang.sampling_params import SamplingParams
 from sglang.server.detokenizer import Detokenizer
 from sglang.server.limits import Limits
@@ -194,6 +195,9 @@ class LLM:
             given = SamplingParams.from_dict(given or {}, self.model.default_sampling)
         if given.stop and self.tokenizer is None:
             raise ValueError("stop needs a tokenizer; see stop_token_ids")
+        check_grammar(given)
+        if grammar_kind(given) is not None and self.tokenizer is None:
+            raise ValueError(f"{grammar_kind(given)} needs a tokenizer")
         return given
 
     # --- replies -----------------------------------------------------------------------------

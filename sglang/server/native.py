@@ -9,12 +9,14 @@ from typing import Annotated, Any
 
 import msgspec
 from fastapi import APIRouter, Response
-from pydantic import BaseModel, ConfigDict, WithJsonSchema
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
 import sglang
 from sglang.messages import unpack
-from sglang.sampling_params import SamplingParams
+from sglang.sampling_params import MAX_TOP_LOGPROBS, SamplingParams
 from sglang.server.errors import ApiError
+from sglang.server.limits import NO_LOGPROBS, LogprobsWanted
+from sglang.server.openai.logprobs import NativeLogprobs
 from sglang.server.openai.schemas import (
     TEXTS,
     TOKEN_LISTS,
@@ -26,10 +28,10 @@ from sglang.server.openai.writing import dumps
 from sglang.server.responses import DONE, GenerationResponse
 from sglang.server.service import Prompt, Service, new_id
 from sglang.server.tokenizer_manager import Generation, Sequence
+from sglang.tokenizer import Tokenizer
 
 HEALTH_SECONDS = 20.0
 FLUSH_TRIES = 20
-_UNSUPPORTED_PARAMS = ("regex", "json_schema", "ebnf", "structural_tag")
 
 
 class GenerateBody(BaseModel):
@@ -44,7 +46,12 @@ class GenerateBody(BaseModel):
     stream: bool | None = False
     rid: str | None = None
 
-    return_logprob: Unsupported = None
+    return_logprob: bool | None = None
+    top_logprobs_num: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    logprob_start_len: int | None = Field(None, ge=-1)
+    """With `return_logprob`: prompt tokens from here on have theirs too; -1: none has."""
+    return_text_in_logprobs: bool | None = None
+
     input_embeds: Unsupported = None
     image_data: Unsupported = None
     lora_path: Unsupported = None
@@ -61,8 +68,15 @@ class AbortBody(BaseModel):
 class NativeWriter:
     """Streamed replies hold all of the text and ids so far, as SGLang's do."""
 
-    def __init__(self, generation: Generation, is_single: bool, has_text: bool) -> None:
-        self._generation, self._is_single, self._has_text = generation, is_single, has_text
+    def __init__(
+        self,
+        generation: Generation,
+        is_single: bool,
+        tokenizer: Tokenizer | None,
+        logprobs: NativeLogprobs | None,
+    ) -> None:
+        self._generation, self._is_single = generation, is_single
+        self._has_text, self._logprobs = tokenizer is not None, logprobs
 
     def _reply(self, sequence: Sequence) -> dict[str, Any]:
         end = sequence.end
@@ -75,6 +89,8 @@ class NativeWriter:
         }
         if end is not None:
             meta["e2e_latency"] = time.monotonic() - self._generation.start
+        if self._logprobs is not None:
+            meta |= self._logprobs.of(sequence)
         text = {"text": sequence.text} if self._has_text else {}
         return {**text, "output_ids": unpack(sequence.ids).tolist(), "meta_info": meta}
 
@@ -126,13 +142,21 @@ def _sampling(
         raise ApiError("n must be one integer >= 1 for all prompts", "n")
     params = []
     for values in dicts:
-        unsupported = [
-            k for k in ("regex", "json_schema", "ebnf", "structural_tag") if values.get(k)
-        ]
-        if unsupported:
-            raise ApiError(f"{unsupported[0]} is not supported by this server", unsupported[0])
+        if values.get("structural_tag"):
+            message = "structural_tag is not supported by this server"
+            raise ApiError(message, "structural_tag")
         params.append(service.sampling({k: v for k, v in values.items() if k != "n"}, names))
     return params, n
+
+
+def _logprobs_wanted(body: GenerateBody) -> LogprobsWanted:
+    if not body.return_logprob:
+        for name in ("top_logprobs_num", "logprob_start_len"):
+            if (getattr(body, name) or -1) > 0:
+                raise ApiError(f"{name} needs return_logprob to be true", name)
+        return NO_LOGPROBS
+    start = -1 if body.logprob_start_len is None else body.logprob_start_len
+    return LogprobsWanted(body.top_logprobs_num or 0, start)
 
 
 def native_router(service: Service) -> APIRouter:
@@ -146,15 +170,23 @@ def native_router(service: Service) -> APIRouter:
         field, prompts, is_batch = _prompts(body)
         names = {"prompt": field}
         params, n = _sampling(service, body, len(prompts), names)
+        ids = await service.encode_prompts(prompts)
+        wanted = _logprobs_wanted(body)
         generation = service.generate(
             body.rid or new_id("gen"),
-            list(zip(await service.encode_prompts(prompts), params, strict=True)),
+            list(zip(ids, params, strict=True)),
             n=n,
             stream=bool(body.stream),
             names=names,
+            logprobs=wanted,
         )
+        logprobs = None
+        if wanted.top >= 0:
+            has_text = service.tokenizer is not None and body.return_text_in_logprobs
+            tokenizer = service.tokenizer if has_text else None
+            logprobs = NativeLogprobs(tokenizer, ids, n, wanted)
         is_single = n == 1 and not is_batch
-        writer = NativeWriter(generation, is_single, service.tokenizer is not None)
+        writer = NativeWriter(generation, is_single, service.tokenizer, logprobs)
         return GenerationResponse(generation, writer, bool(body.stream))
 
     @router.get("/health")

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from sglang.messages import EngineReady
+from sglang.router.grammar import check_grammar, grammar_kind
 from sglang.sampling_params import SamplingParams
 from sglang.server.errors import ApiError, bad_value
+from sglang.server.limits import NO_LOGPROBS, LogprobsWanted
 from sglang.server.tokenizer_manager import Generation, TokenizerManager
 
 if TYPE_CHECKING:
@@ -80,7 +82,11 @@ class Service:
     def sampling(self, values: dict[str, Any], names: dict[str, str]) -> SamplingParams:
         """`values` in SGLang's names; `names` says how the client spells them, for errors."""
         try:
-            return SamplingParams.from_dict(values, self.model.default_sampling)
+            params = SamplingParams.from_dict(values, self.model.default_sampling)
+            if grammar_kind(params) is not None:
+                self.need_tokenizer()
+                check_grammar(params)
+            return params
         except ValueError as error:
             raise bad_value(error, names) from None
 
@@ -92,6 +98,7 @@ class Service:
         n: int = 1,
         stream: bool,
         names: dict[str, str],
+        logprobs: LogprobsWanted = NO_LOGPROBS,
     ) -> Generation:
         """n sequences of each prompt, in order: those of prompt i have indices i*n ... i*n + n-1.
 
@@ -111,7 +118,7 @@ class Service:
             for i in range(n)
         ]
         try:
-            return self.manager.generate(rid, sequences, stream)
+            return self.manager.generate(rid, sequences, stream, logprobs)
         except ValueError as error:
             raise bad_value(error, names) from None
 

@@ -25,6 +25,7 @@ from sglang.messages import (
     FlushCache,
     FlushCacheReply,
     GetStats,
+    PromptLogprobs,
     Stats,
     StreamDelta,
     StreamEnd,
@@ -32,9 +33,10 @@ from sglang.messages import (
     TokenLogprob,
     ToTokenizerManager,
     encode,
+    unpack,
 )
 from sglang.sampling_params import SamplingParams
-from sglang.server.limits import Limits
+from sglang.server.limits import NO_LOGPROBS, Limits, LogprobsWanted
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -49,7 +51,7 @@ class Sequence:
 
     __slots__ = (
         "cached_tokens", "end", "generation", "handle", "ids", "index", "is_news", "logprobs",
-        "prompt_tokens", "text",
+        "num_taken", "prompt_logprobs", "prompt_tokens", "text",
     )  # fmt: skip
 
     def __init__(self, generation: Generation, index: int, handle: int, prompt_len: int) -> None:
@@ -60,6 +62,10 @@ class Sequence:
         self.ids = b""
         """int32 tokens, packed."""
         self.logprobs: list[TokenLogprob] = []
+        """Of all tokens, if the request wants them..."""
+        self.num_taken = 0
+        """...and of how many `take_logprobs` has told."""
+        self.prompt_logprobs: list[PromptLogprobs] = []
         self.prompt_tokens = prompt_len
         self.cached_tokens = 0
         self.end: StreamEnd | None = None
@@ -68,6 +74,15 @@ class Sequence:
     def take_text(self) -> str:
         text, self.text = self.text, ""
         return text
+
+    def take_logprobs(self, keep_stop: bool = False) -> list[tuple[int, TokenLogprob]]:
+        """The tokens since the last call, with their logprobs. keep_stop: also the stop token."""
+        end = len(self.logprobs)
+        if self.end is not None and isinstance(self.end.matched, int) and not keep_stop:
+            end -= 1
+        start, self.num_taken = self.num_taken, max(end, self.num_taken)
+        ids = unpack(self.ids)[start:end].tolist()
+        return list(zip(ids, self.logprobs[start:end], strict=True))
 
 
 class Generation:
@@ -137,6 +152,8 @@ class Generation:
             sequence.cached_tokens = delta.cached_tokens
         if delta.logprobs:
             sequence.logprobs += delta.logprobs
+        if delta.prompt_logprobs:
+            sequence.prompt_logprobs += delta.prompt_logprobs
         if delta.end is not None:
             sequence.end = delta.end
             self._open -= 1
@@ -208,7 +225,11 @@ class TokenizerManager:
         return len(self._generations)
 
     def generate(
-        self, rid: str, prompts: list[tuple[list[int], SamplingParams]], wants_deltas: bool
+        self,
+        rid: str,
+        prompts: list[tuple[list[int], SamplingParams]],
+        wants_deltas: bool,
+        logprobs: LogprobsWanted = NO_LOGPROBS,
     ) -> Generation:
         """Sends the prompts to the router, if all of them are fit to be served.
 
@@ -218,7 +239,8 @@ class TokenizerManager:
         if rid in self._generations:
             raise ValueError(f"rid {rid} is that of a running request")
         requests = [
-            self._limits.request(self._next_handle(), ids, params) for ids, params in prompts
+            self._limits.request(self._next_handle(), ids, params, logprobs)
+            for ids, params in prompts
         ]
         generation = Generation(self, rid, wants_deltas)
         self._generations[rid] = generation

@@ -36,14 +36,18 @@ class StepArrays:
     params: np.ndarray  # [NUM_PARAMS, o]
     cached_at: np.ndarray  # [c] into the flat slot table...
     cached_slots: np.ndarray  # [c] ...the slots of the opened rows' cached prefixes go
+    masked: np.ndarray  # [m] index into sample_of
+    masks: np.ndarray  # [m, W] bits of the allowed tokens
 
     @classmethod
     def empty(cls) -> StepArrays:
         none = np.empty(0, dtype=np.int32)
         params = np.empty((NUM_PARAMS, 0), dtype=np.int32)
+        masks = np.empty((0, 0), dtype=np.int32)
         return cls(
-            0, none, none, none, none, none, none, none, none, none, none, params, none, none
-        )
+            0, none, none, none, none, none, none, none, none, none, none, params, none, none,
+            none, masks,
+        )  # fmt: skip
 
 
 class RowState:
@@ -64,7 +68,8 @@ class RowState:
         d, num_prefill = plan.num_decode, plan.num_rows - plan.num_decode
         opened = np.array([spec.row for spec in plan.opened], dtype=np.int32)
         cached_lens = np.array([spec.cached_len for spec in plan.opened], dtype=np.int32)
-        rows, chunk_lens, samples, slots, cached_slots, prefill_ids = _split(
+        num_masked = len(plan.masked)
+        rows, chunk_lens, samples, slots, cached_slots, prefill_ids, masks = _split(
             unpack(payload),
             plan.num_rows,
             num_prefill,
@@ -102,13 +107,15 @@ class RowState:
             params=_params(plan.opened),
             cached_at=_ranges(opened * np.int32(self.max_len), cached_lens),
             cached_slots=cached_slots,
+            masked=np.array(plan.masked, dtype=np.int32),
+            masks=masks.reshape(num_masked, len(masks) // max(num_masked, 1)),
         )
 
 
 def _split(data: np.ndarray, *sizes: int) -> list[np.ndarray]:
-    *parts, rest = np.split(data, np.cumsum(sizes))
-    assert len(rest) == 0 and len(parts[-1]) == sizes[-1], "the payload belies its header"
-    return parts
+    """The parts of these sizes, and what is left."""
+    assert len(data) >= sum(sizes), "the payload belies its header"
+    return np.split(data, np.cumsum(sizes))
 
 
 def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:

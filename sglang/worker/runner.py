@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -17,8 +18,9 @@ from sglang.worker.batch import Batch
 from sglang.worker.graphs import DecodeInputs, GraphOutputs, MixedInputs, StepGraphs
 from sglang.worker.kv_pool import KVPool, num_slots_that_fit
 from sglang.worker.parallel import TensorParallel
+from sglang.worker.prompt_logprobs import PromptScorer, ScoredSpan, Span
 from sglang.worker.rows import RowState, StepArrays
-from sglang.worker.sampler import RowLogprobs, Sampler, draw
+from sglang.worker.sampler import Masks, RowLogprobs, Sampler, draw
 from sglang.worker.warm_up import warm_up
 
 
@@ -31,6 +33,7 @@ class PendingStep:
     wanted: np.ndarray | None  # which of them; None: all
     logprobs: RowLogprobs | None
     copied: torch.cuda.Event | None  # None: they are there
+    prompts: list[ScoredSpan] = field(default_factory=list)
 
     def wait(self) -> StepResult:
         if self.copied is not None:
@@ -38,7 +41,10 @@ class PendingStep:
         logprobs = self.logprobs.messages() if self.logprobs is not None else []
         tokens = self.tokens.numpy()
         return StepResult(
-            self.step, pack(tokens if self.wanted is None else tokens[self.wanted]), logprobs
+            self.step,
+            pack(tokens if self.wanted is None else tokens[self.wanted]),
+            logprobs,
+            [span.message() for span in self.prompts],
         )
 
 
@@ -103,6 +109,7 @@ class ModelRunner:
         self.chunk_size = limits.chunked_prefill_size
         self.rows = RowState(num_rows, config.context_len, self.device)
         self.sampler = Sampler(num_rows, config.vocab_size, self.device)
+        self.prompt_scorer = PromptScorer()
         self.attention = create_attention_backend(args.attention_backend, self.device)
 
         # CUDA graphs
@@ -123,11 +130,13 @@ class ModelRunner:
         step = self.rows.advance(plan, payload)
         if plan.opened:
             self._open(plan.opened, step)
-        outputs = self.graphs.replay(step) if self.graphs is not None else None
+        spans = self.prompt_scorer.spans(step)
+        graphs = self.graphs if not spans else None  # a graph has no logits of prompts
+        outputs = graphs.replay(step) if graphs is not None else None
         if outputs is None:
-            tokens, logprobs = self._run(step)
-            return self._send_home(plan.step, tokens, logprobs)
-        if self.sampler.is_plain(step.rows):
+            tokens, logprobs, prompts = self._run(step, spans)
+            return self._send_home(plan.step, tokens, logprobs, prompts=prompts)
+        if self.sampler.is_plain(step.rows) and not plan.masked:
             return self._send_home(
                 plan.step, outputs.tokens[: len(step.rows)], None, step.sample_of
             )
@@ -138,6 +147,7 @@ class ModelRunner:
         """Rows get their sampling parameters and the slots of their cached prefixes."""
         for spec in specs:
             self.sampler.open(spec)
+            self.prompt_scorer.open(spec)
         opened, params, cached_at, cached_slots = self._to_device(
             step.opened, step.params.reshape(-1), step.cached_at, step.cached_slots
         )
@@ -145,7 +155,9 @@ class ModelRunner:
         if len(cached_at):
             self.rows.slot_table.view(-1).index_copy_(0, cached_at.long(), cached_slots)
 
-    def _run(self, step: StepArrays) -> tuple[torch.Tensor, RowLogprobs | None]:
+    def _run(
+        self, step: StepArrays, spans: list[Span]
+    ) -> tuple[torch.Tensor, RowLogprobs | None, list[ScoredSpan]]:
         """A step without a graph."""
         d, rows = step.num_decode, self.rows
         starts = np.zeros(len(step.rows) - d + 1, dtype=np.int32)
@@ -181,15 +193,24 @@ class ModelRunner:
                 kv_lens_host=step.kv_lens,
             )
         )
+        prompts = [span.score(hidden, self.model.logits) for span in spans]
         if len(sampled) == 0:
-            return sample_rows, None
+            return sample_rows, None, prompts
         if len(sampled) < len(hidden):
             hidden = hidden.index_select(0, sample_at)
         params = rows.params.index_select(1, sample_rows)
         logits = self.model.logits(hidden)
-        tokens, logprobs = self.sampler(logits, sampled, sampled_lens, params, sample_positions)
+        tokens, logprobs = self.sampler(
+            logits, sampled, sampled_lens, params, sample_positions, self._masks(step)
+        )
         rows.last_token.index_copy_(0, sample_rows.long(), tokens)
-        return tokens, logprobs
+        return tokens, logprobs, prompts
+
+    def _masks(self, step: StepArrays) -> Masks | None:
+        if len(step.masked) == 0:
+            return None
+        masked, words = self._to_device(step.masked, step.masks.reshape(-1))
+        return Masks(masked, words.view(step.masks.shape))
 
     def _forward(self, batch: Batch) -> torch.Tensor:
         self.attention.begin(batch)
@@ -264,6 +285,7 @@ class ModelRunner:
             step.kv_lens[step.sample_of],
             self.rows.params.index_select(1, rows),
             outputs.kv_lens.index_select(0, at),
+            self._masks(step),
         )
         self.rows.last_token.index_copy_(0, rows.long(), tokens)
         return tokens, logprobs
@@ -284,11 +306,12 @@ class ModelRunner:
         tokens: torch.Tensor,
         logprobs: RowLogprobs | None,
         wanted: np.ndarray | None = None,
+        prompts: Sequence[ScoredSpan] = (),
     ) -> PendingStep:
         if self.checks_ranks:
             self.tp.assert_same(tokens)
         if self.device.type != "cuda":
-            return PendingStep(step, tokens, wanted, logprobs, None)
+            return PendingStep(step, tokens, wanted, logprobs, None, list(prompts))
 
         def to_host(x: torch.Tensor) -> torch.Tensor:
             pinned = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
@@ -301,7 +324,8 @@ class ModelRunner:
                 top=to_host(logprobs.top),
                 top_ids=to_host(logprobs.top_ids),
             )
+        prompts = [span.map(to_host) for span in prompts]
         tokens = to_host(tokens)
         copied = torch.cuda.Event()
         copied.record()
-        return PendingStep(step, tokens, wanted, logprobs, copied)
+        return PendingStep(step, tokens, wanted, logprobs, copied, prompts)

@@ -95,6 +95,7 @@ class Sampler:
         seq_lens: np.ndarray,
         params: torch.Tensor,
         positions: torch.Tensor,
+        masks: Masks | None = None,
     ) -> tuple[torch.Tensor, RowLogprobs | None]:
         """logits [n, V] of `rows` [n] -> sampled tokens int32 [n], and the logprobs asked for.
 
@@ -108,6 +109,8 @@ class Sampler:
             logits = logits.float()
         for i in adjusted:
             self._adjustments[int(rows[i])].apply(logits[i], int(seq_lens[i]))
+        if masks is not None:
+            masks.apply(logits)
         if self._is_random[rows].any():
             tokens = draw(logits, params, positions)
         else:
@@ -117,6 +120,21 @@ class Sampler:
         if raw is None:
             return tokens, None
         return tokens, RowLogprobs.of(raw, tokens, rows, asked, self._top_logprobs[rows[asked]])
+
+
+@dataclass
+class Masks:
+    """What grammars allow some rows."""
+
+    of: torch.Tensor  # int32 [m] indices of rows of the logits
+    words: torch.Tensor  # int32 [m, ceil(V / 32)] a bit a token
+
+    def apply(self, logits: torch.Tensor) -> None:
+        """logits [n, V]: what is not allowed becomes -inf."""
+        of = self.of.long()
+        bits = torch.arange(32, dtype=torch.int32, device=self.words.device)
+        allowed = (self.words[:, :, None] >> bits & 1).view(len(of), -1)[:, : logits.shape[1]]
+        logits[of] = logits[of].masked_fill(allowed == 0, -float("inf"))
 
 
 def draw(logits: torch.Tensor, params: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

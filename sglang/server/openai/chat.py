@@ -8,17 +8,24 @@ from typing import Any
 from fastapi import APIRouter, Response
 
 from sglang.server.errors import ApiError
+from sglang.server.limits import LogprobsWanted
 from sglang.server.openai import writing
+from sglang.server.openai.logprobs import chat_logprobs
 from sglang.server.openai.schemas import ChatMessage, ChatRequest
 from sglang.server.openai.writing import dumps
 from sglang.server.responses import DONE, GenerationResponse
 from sglang.server.service import Service, new_id
 from sglang.server.tokenizer_manager import Generation, Sequence
+from sglang.tokenizer import Tokenizer
 
 
 class ChatWriter:
-    def __init__(self, request: ChatRequest, generation: Generation, model: str) -> None:
-        self._generation, self._n = generation, request.n or 1
+    def __init__(
+        self, request: ChatRequest, generation: Generation, model: str, tokenizer: Tokenizer
+    ) -> None:
+        self._generation, self._n, self._tokenizer = generation, request.n or 1, tokenizer
+        self._wants_logprobs = bool(request.logprobs)
+        self._keeps_stop = bool(request.no_stop_trim)
         self._wants_usage = request.include_usage
         self._head = {
             "id": generation.rid,
@@ -31,11 +38,23 @@ class ChatWriter:
             for sequence in (generation.sequences if request.stream else [])
         ]
 
-    def _chunk(self, sequence: Sequence, delta: dict[str, Any], **end: Any) -> dict[str, Any]:
+    def _chunk(
+        self,
+        sequence: Sequence,
+        delta: dict[str, Any],
+        logprobs: dict[str, Any] | None = None,
+        **end: Any,
+    ) -> dict[str, Any]:
         end = end or {"finish_reason": None}
-        choice = {"index": sequence.index, "delta": delta, "logprobs": None, **end}
+        choice = {"index": sequence.index, "delta": delta, "logprobs": logprobs, **end}
         usage = {"usage": None} if self._wants_usage else {}
         return {**self._head, "choices": [choice], **usage}
+
+    def _logprobs(self, sequence: Sequence) -> dict[str, Any] | None:
+        """Of the tokens since the last call."""
+        if not self._wants_logprobs:
+            return None
+        return chat_logprobs(self._tokenizer, sequence.take_logprobs(self._keeps_stop))
 
     def opening(self) -> bytes:
         delta = {"role": "assistant", "content": ""}
@@ -44,7 +63,12 @@ class ChatWriter:
     def event(self, sequence: Sequence) -> bytes:
         text = sequence.take_text()
         said = b""
-        if text:
+        if self._wants_logprobs:
+            scored = sequence.take_logprobs(self._keeps_stop)
+            if text or scored:
+                logprobs = chat_logprobs(self._tokenizer, scored)
+                said = writing.event(self._chunk(sequence, {"content": text}, logprobs))
+        elif text:
             before, after = self._frames[sequence.index]
             said = b"".join((before, dumps(text), after))
         if sequence.end is None:
@@ -62,7 +86,7 @@ class ChatWriter:
             {
                 "index": sequence.index,
                 "message": {"role": "assistant", "content": sequence.text},
-                "logprobs": None,
+                "logprobs": self._logprobs(sequence),
                 **writing.finish(sequence),
             }
             for sequence in self._generation.sequences
@@ -134,6 +158,8 @@ def chat_router(service: Service) -> APIRouter:
             "min_new_tokens": "min_tokens",
             "prompt": "messages",
         }
+        if request.response_format is not None:
+            names["json_schema"] = "response_format"
         params = service.sampling(request.sampling(wanted), names)
         generation = service.generate(
             request.rid or new_id("chatcmpl"),
@@ -141,8 +167,9 @@ def chat_router(service: Service) -> APIRouter:
             n=request.n or 1,
             stream=bool(request.stream),
             names=names,
+            logprobs=LogprobsWanted(request.top_logprobs or 0 if request.logprobs else -1),
         )
-        writer = ChatWriter(request, generation, service.model.name)
+        writer = ChatWriter(request, generation, service.model.name, service.need_tokenizer())
         return GenerationResponse(generation, writer, bool(request.stream))
 
     return router

@@ -6,10 +6,12 @@ refused. A field of the wrong type is an error: nothing is converted.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema
 
+from sglang.sampling_params import MAX_TOP_LOGPROBS
 from sglang.server.errors import ApiError
 
 _UNSUPPORTED = "Not supported: refused unless null."
@@ -99,14 +101,14 @@ class _Sampling(BaseModel):
     no_stop_trim: bool | None = None
     rid: str | None = None
 
-    logprobs: Unsupported = None
-    regex: Unsupported = None
-    ebnf: Unsupported = None
-    json_schema: Unsupported = None
-    guided_json: Unsupported = None
-    guided_regex: Unsupported = None
-    guided_choice: Unsupported = None
-    guided_grammar: Unsupported = None
+    regex: str | None = None
+    ebnf: str | None = None
+    json_schema: str | dict[str, Any] | None = None
+    guided_json: str | dict[str, Any] | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+
     structured_outputs: Unsupported = None
     structural_tag: Unsupported = None
     lora_path: Unsupported = None
@@ -126,7 +128,19 @@ class _Sampling(BaseModel):
         return {
             "max_new_tokens": max_new_tokens,
             "min_new_tokens": self.min_tokens,
+            **self.grammar(),
             **{name: getattr(self, name) for name in _SAME_NAME},
+        }
+
+    def grammar(self) -> dict[str, Any]:
+        """vLLM's names for regex, json_schema and ebnf come to the same."""
+        regex = self.guided_regex if self.regex is None else self.regex
+        if self.guided_choice:
+            regex = "|".join(re.escape(choice) for choice in self.guided_choice)
+        return {
+            "regex": regex,
+            "json_schema": self.guided_json if self.json_schema is None else self.json_schema,
+            "ebnf": self.guided_grammar if self.ebnf is None else self.ebnf,
         }
 
 
@@ -140,13 +154,21 @@ _SAME_NAME = (
 class CompletionRequest(_Sampling):
     prompt: Prompts
     echo: bool | None = False
-    best_of: int | None = None
+    best_of: int | None = Field(None, ge=1, le=128)
+    logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     suffix: Unsupported = None
+
+    @property
+    def num_samples(self) -> int:
+        """Of each prompt."""
+        return self.best_of or self.n or 1
 
     def refuse_unsupported(self) -> None:
         super().refuse_unsupported()
-        if self.best_of not in (None, self.n or 1):
-            raise ApiError("best_of other than n is not supported by this server", "best_of")
+        if self.best_of is not None and self.best_of < (self.n or 1):
+            raise ApiError("best_of must be at least n", "best_of")
+        if self.best_of is not None and self.best_of > (self.n or 1) and self.stream:
+            raise ApiError("best_of cannot be streamed: the best is known at the end", "best_of")
 
 
 class ChatMessage(BaseModel):
@@ -158,10 +180,39 @@ class ChatMessage(BaseModel):
     content: str | list[dict[str, Any]] | None = None
 
 
+class JsonSchema(BaseModel):
+    model_config = ConfigDict(strict=True, protected_namespaces=())
+
+    name: str | None = None
+    description: str | None = None
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    def schema_text(self) -> dict[str, Any] | None:
+        """The schema that the reply must satisfy. A schema that is not `strict` is obeyed too."""
+        if self.type == "text":
+            return None
+        if self.type == "json_object":
+            return {"type": "object"}
+        if self.json_schema is None or self.json_schema.schema_ is None:
+            message = "response_format of type json_schema needs json_schema.schema"
+            raise ApiError(message, "response_format")
+        return self.json_schema.schema_
+
+
 class ChatRequest(_Sampling):
     messages: list[ChatMessage] = Field(min_length=1)
     max_completion_tokens: int | None = None
-    response_format: dict[str, Any] | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    response_format: ResponseFormat | None = None
     tool_choice: str | dict[str, Any] | None = None
     modalities: list[str] | None = None
     # SGLang's and vLLM's
@@ -169,7 +220,6 @@ class ChatRequest(_Sampling):
     continue_final_message: bool | None = False
     chat_template_kwargs: dict[str, Any] | None = None
 
-    top_logprobs: Unsupported = None
     tools: Unsupported = None
     functions: Unsupported = None
     function_call: Unsupported = None
@@ -180,11 +230,19 @@ class ChatRequest(_Sampling):
         super().refuse_unsupported()
         if self.tool_choice not in (None, "none", "auto"):
             raise ApiError("tool_choice is not supported by this server", "tool_choice")
-        if self.response_format is not None and self.response_format.get("type") != "text":
-            message = "response_format is not supported by this server, other than type text"
-            raise ApiError(message, "response_format")
+        if self.top_logprobs and not self.logprobs:
+            raise ApiError("top_logprobs needs logprobs to be true", "top_logprobs")
+        if self.response_format is not None and self.response_format.schema_text() is not None:
+            given = [name for name, value in super().grammar().items() if value is not None]
+            if given:
+                message = f"response_format cannot be combined with {given[0]}"
+                raise ApiError(message, "response_format")
         if self.modalities not in (None, [], ["text"]):
             raise ApiError("modalities other than text are not supported", "modalities")
         if self.add_generation_prompt and self.continue_final_message:
             message = "continue_final_message excludes add_generation_prompt"
             raise ApiError(message, "continue_final_message")
+
+    def grammar(self) -> dict[str, Any]:
+        schema = self.response_format.schema_text() if self.response_format else None
+        return {**super().grammar(), "json_schema": schema} if schema else super().grammar()
