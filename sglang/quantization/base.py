@@ -90,6 +90,13 @@ class Quantization(ABC):
         """The method of the layer with this name, such as model.layers.0.mlp.down_proj (of a fused
         layer: its first part). Raises ValueError if it is one that cannot be served."""
 
+    def tied_head(self) -> LinearMethod:
+        """The method of an output head whose weights are the embedding's. It gets them as
+        `layer.weight`, in floating point, and must leave them as they are."""
+        from sglang.quantization.unquantized import Unquantized
+
+        return Unquantized()
+
 
 def _load_fused(
     layer: Linear, stored: list[StoredTensor], checkpoint: Checkpoint
