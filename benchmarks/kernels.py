@@ -108,20 +108,14 @@ def sweep_candidates(section: str) -> Iterator[tuple[tuple, list[tuple[str, dict
         Config = extend_attention.ExtendConfig
         long = [
             (128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 4, 2), (128, 64, 4, 3), (64, 64, 4, 3),
-            (128, 64, 8, 3), (64, 128, 4, 2), (128, 256, 8, 2),
+            (256, 64, 16, 2), (256, 64, 16, 3), (256, 64, 8, 2), (256, 64, 8, 3),
         ]  # fmt: skip
         for shape in (
             (4096, 0, 32, 8, 128), (4096, 0, 16, 8, 128), (16384, 0, 32, 32, 128),
             (512, 0, 16, 8, 128, 16), (1024, 0, 16, 8, 128, 8), (128, 0, 16, 8, 128),
         ):  # fmt: skip
-            packs = (True, False) if shape[2] > shape[3] else (False,)
-            yield (
-                shape,
-                [
-                    (f"{tile} pack={pack}", {"config": Config(*tile, pack=pack)})
-                    for tile, pack in itertools.product(long, packs)
-                ],
-            )
+            pack = shape[2] > shape[3]
+            yield shape, [(f"{tile}", {"config": Config(*tile, pack=pack)}) for tile in long]
         short = [(16, 64, 4, 3), (32, 64, 4, 3), (64, 64, 4, 3), (128, 64, 8, 3)]
         for shape in (
             (64, 2048, 16, 8, 128, 256), (128, 8192, 32, 8, 128), (16, 4096, 32, 8, 128),
@@ -137,17 +131,17 @@ def sweep_candidates(section: str) -> Iterator[tuple[tuple, list[tuple[str, dict
             )
     elif section == "gemv":
         for *shape, kind in (
-            (4096, 1024, "norm"), (1024, 2048, "plain"), (6144, 1024, "gated"),
-            (1024, 3072, "plain"), (22016, 4096, "gated"), (4096, 11008, "plain"),
-            (12288, 4096, "norm"), (4096, 4096, "plain"),
+            (22016, 4096, "gated"), (4096, 11008, "plain"), (12288, 4096, "norm"),
+            (4096, 4096, "plain"), (151936, 1024, "plain"), (4096, 1024, "norm"),
+            (1024, 2048, "plain"), (6144, 1024, "gated"), (1024, 3072, "plain"),
         ):  # fmt: skip
-            for tokens in (1, 8):
+            for tokens in (1, 4):
                 yield (
                     (*shape, tokens, kind),
                     [
                         (f"n{n} w{w}", {"config": gemv.GemvConfig(n, w)})
                         for n, w in itertools.product((1, 2, 4, 8, 16), (2, 4, 8, 16))
-                        if 1 << 10 <= n * shape[1] <= 1 << 15 and w * 1024 <= n * shape[1] * 4
+                        if 32 <= n * shape[1] * (1 + (kind == "gated")) // (32 * w) <= 170
                     ],
                 )
     elif section == "norm":

@@ -18,7 +18,7 @@ import triton.language as tl
 from sglang.kernels.activation import silu_and_mul_naive
 from sglang.kernels.launch import launch_next, pdl, wait_for_previous
 
-MAX_TOKENS = 8
+MAX_TOKENS = 4
 """With more, matrix multiplication on tensor cores is quicker."""
 
 
@@ -72,14 +72,11 @@ class GemvConfig:
     num_warps: int
 
 
-def gemv_config(num_outputs: int, num_inputs: int, gated: bool) -> GemvConfig:
-    block_k = triton.next_power_of_2(num_inputs)
-    # 32 to 128 bytes of weights a thread, 4 kB to 32 kB a program.
-    block_n = max(1, min(4, 16384 // block_k))
-    if num_outputs // block_n < 1024:
-        block_n = max(1, block_n // 2)
-    tile = block_n * block_k * (2 if gated else 1)
-    return GemvConfig(block_n, num_warps=min(max(tile // 1024, 2), 8))
+def gemv_config(num_inputs: int, gated: bool) -> GemvConfig:
+    row = triton.next_power_of_2(num_inputs) * (2 if gated else 1)
+    block_n = max(1, min(8, 65536 // row))
+    # 128 weights a thread: 64 registers.
+    return GemvConfig(block_n, num_warps=min(max(block_n * row // 4096, 2), 16))
 
 
 @triton.jit
@@ -170,7 +167,7 @@ def fused_linear_triton(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     num_tokens, num_inputs = x.shape
     num_outputs = weight.shape[0] // 2 if gated else weight.shape[0]
-    config = config or gemv_config(num_outputs, num_inputs, gated)
+    config = config or gemv_config(num_inputs, gated)
     out = torch.empty(num_tokens, num_outputs, dtype=x.dtype, device=x.device)
     total = x if residual is None else torch.empty_like(x)
     if num_tokens == 0:
