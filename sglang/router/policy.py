@@ -34,8 +34,12 @@ def longest_prefix_match(queue: list[Request], cache: RadixCache) -> list[Reques
 
 
 def depth_first_weight(queue: list[Request], cache: RadixCache) -> list[Request]:
-    """A depth-first walk of the tree, the branch with most waiting requests first: what shares a
-    prefix runs together (the optimal order for a cache of any size, SGLang, theorem 3.1)."""
+    """A depth-first walk of the tree, the branch with most requests first: what shares a prefix runs
+    together (the optimal order for a cache of any size, SGLang, theorem 3.1).
+
+    A walk is resumed at every step, so the branch that it was in, where requests run, comes before
+    heavier ones; and what continues no cached prefix comes after all that does.
+    """
     waiting: dict[Node, list[Request]] = defaultdict(list)
     weight: dict[Node, int] = defaultdict(int)
     for request in queue:
@@ -48,12 +52,12 @@ def depth_first_weight(queue: list[Request], cache: RadixCache) -> list[Request]
             above = above.parent
     order: list[Request] = []
     stack = [cache.root]
-    while stack:
+    while stack:  # backwards: the lightest branch first, a node before what continues it
         node = stack.pop()
-        order += waiting.get(node, ())
-        heavy_last = sorted((c for c in node.children.values() if c in weight), key=weight.get)  # type: ignore[arg-type]
-        stack += heavy_last
-    return order
+        order += reversed(waiting.get(node, ()))
+        branches = [child for child in node.children.values() if child in weight]
+        stack += sorted(branches, key=lambda n: (n.locks > 0, weight[n]), reverse=True)
+    return order[::-1]
 
 
 POLICIES: dict[str, Policy] = {

@@ -5,10 +5,11 @@ import sys
 
 import numpy as np
 
-from sglang.messages import GenerateRequest, pack
+from sglang.messages import GenerateRequest, StepResult, pack
 from sglang.router.policy import POLICIES
 from sglang.router.radix_cache import RadixCache
 from sglang.router.request import Request
+from sglang.router.scheduler import Scheduler
 from sglang.router.slots import SlotAllocator
 from sglang.sampling_params import SamplingParams
 
@@ -60,3 +61,24 @@ def test_the_router_imports_neither_torch_nor_triton():
         "sys.exit(bool({'torch', 'triton', 'transformers'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def hit_rate(policy: str) -> float:
+    """20 prefixes x 15 requests in random order; the pool holds a third of the prefixes."""
+    rng = np.random.default_rng(0)
+    prefixes = rng.integers(0, 1000, (20, 100))
+    prompts = [[*prefixes[i % 20], *rng.integers(0, 1000, 10)] for i in rng.permutation(300)]
+    scheduler = Scheduler(num_slots=800, num_rows=8, max_len=200, chunk_size=512, policy=policy)
+    for handle, prompt in enumerate(prompts):
+        params = SamplingParams(max_new_tokens=8, ignore_eos=True)
+        scheduler.add(GenerateRequest(handle, pack(prompt), params))
+    while not scheduler.is_idle():
+        plan, _ = scheduler.plan()
+        tokens = np.zeros(len(scheduler.flying[0].sampled_rows()))
+        scheduler.commit(StepResult(plan.step, pack(tokens)))
+    stats = scheduler.stats()
+    return stats.hit_tokens / stats.prompt_tokens
+
+
+def test_policies_that_know_the_tree_hit_twice_as_often_when_prefixes_do_not_all_fit():
+    assert min(hit_rate("lpm"), hit_rate("weight")) > 2 * max(hit_rate("fcfs"), hit_rate("random"))
