@@ -34,7 +34,7 @@ def longest_prefix_match(queue: list[Request], cache: RadixCache) -> list[Reques
 
 
 def depth_first_weight(queue: list[Request], cache: RadixCache) -> list[Request]:
-    """A depth-first walk of the tree, the branch with most requests first: what shares a prefix runs
+    """A depth-first walk of the tree, the branch with most requests first: who shares a prefix runs
     together (the optimal order for a cache of any size, SGLang, theorem 3.1).
 
     A walk is resumed at every step, so the branch that it was in, where requests run, comes before
