@@ -92,8 +92,8 @@ def candidates(method: str, tokens: int) -> list:
             ]
         block_m = max(16, min(128, triton.next_power_of_2(tokens)))
         tiles = [(64, 4), (128, 4), (128, 8)] if block_m <= 64 else [(128, 8), (64, 4), (128, 4)]
-        splits = (1, 2, 4, 8) if tokens <= 16 else (1, 2, 4) if tokens <= 64 else (1, 2)
-        stages = (4,) if tokens > 16 else (3, 5)
+        splits = (4, 8, 16) if tokens <= 16 else (1, 2, 4) if tokens <= 64 else (1, 2)
+        stages = (2, 3)
         return found + [
             int4.DotConfig(block_m, n, s, w, stage)
             for (n, w), s, stage in itertools.product(tiles, splits, stages)
