@@ -28,23 +28,20 @@ class TritonAttention(AttentionBackend):
         if batch.decode_lens is not None:
             return self._mixed(q, k_cache, v_cache, batch, scale, window)
         d = batch.num_decode
-        decoded = extended = None
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         if d > 0:
-            decoded = decode_attention(
+            decode_attention(
                 q[:d], k_cache, v_cache, batch.slot_table,
-                batch.rows[:d], batch.kv_lens[:d], scale, window,
+                batch.rows[:d], batch.kv_lens[:d], scale, window, out[:d],
             )  # fmt: skip
         if d < num_tokens:
             q_lens = batch.q_lens_host
-            extended = extend_attention(
+            extend_attention(
                 q[d:], k_cache, v_cache, batch.slot_table,
                 batch.rows[d:], batch.q_starts, batch.kv_lens[d:], scale, window,
-                max_q_len=num_tokens - d if q_lens is None else int(q_lens[d:].max()),
+                num_tokens - d if q_lens is None else int(q_lens[d:].max()), out[d:],
             )  # fmt: skip
-        if decoded is None or extended is None:
-            out = extended if decoded is None else decoded
-            return (q if out is None else out).reshape(num_tokens, -1)
-        return torch.cat((decoded, extended)).view(num_tokens, -1)
+        return out.view(num_tokens, -1)
 
     def _mixed(
         self,

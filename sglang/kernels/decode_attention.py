@@ -27,6 +27,7 @@ def decode_attention(
     kv_lens: torch.Tensor,
     scale: float,
     window: int = 0,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """softmax(scale q K^T) V -> [n, Hq, D], in q's dtype.
 
@@ -37,9 +38,10 @@ def decode_attention(
     rows        int32 [n]
     kv_lens     int32 [n], tokens of the row, the new one included; 0 (padding) gives zeros
     window      only the last `window` tokens are seen; 0: all
+    out         [n, Hq, D] contiguous, where the result goes
     """
     run = decode_attention_triton if q.is_cuda else decode_attention_naive
-    return run(q, k_cache, v_cache, slot_table, rows, kv_lens, scale, window)
+    return run(q, k_cache, v_cache, slot_table, rows, kv_lens, scale, window, out=out)
 
 
 def decode_attention_naive(
@@ -51,8 +53,9 @@ def decode_attention_naive(
     kv_lens: torch.Tensor,
     scale: float,
     window: int = 0,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    out = torch.zeros_like(q)
+    out = torch.zeros_like(q) if out is None else out.zero_()
     group = q.shape[1] // k_cache.shape[1]
     for i, (row, kv_len) in enumerate(zip(rows.tolist(), kv_lens.tolist(), strict=True)):
         if kv_len == 0:
@@ -80,10 +83,18 @@ class DecodeConfig:
 
 @cache
 def decode_config(
-    device: torch.device, num_rows: int, num_kv_heads: int, head_dim: int, max_len: int
+    device: torch.device,
+    num_rows: int,
+    num_kv_heads: int,
+    head_dim: int,
+    max_len: int,
+    dtype: torch.dtype,
 ) -> DecodeConfig:
+    """dtype: the cache's."""
     sms = torch.cuda.get_device_properties(device).multi_processor_count
-    block_n = 128 if head_dim <= 128 else 32
+    block_n, num_stages = (128, 2) if head_dim <= 128 else (32, 2)
+    if dtype.itemsize == 1:  # half the bytes a tile, so twice the tiles under way
+        block_n, num_stages = block_n // 2, 4
     # About two programs an SM; with many rows, further splits only for those that are very long.
     fill = max(2 * sms // (num_rows * num_kv_heads), 1)
     split_tokens = 128 if fill >= 16 else 256 if fill >= 4 else 1024
@@ -91,7 +102,7 @@ def decode_config(
     return DecodeConfig(
         block_n,
         num_warps=4,
-        num_stages=2,
+        num_stages=num_stages,
         max_splits=min(splits, triton.next_power_of_2(triton.cdiv(max_len, split_tokens))),
         split_tokens=split_tokens,
     )
@@ -222,13 +233,16 @@ def decode_attention_triton(
     scale: float,
     window: int = 0,
     config: DecodeConfig | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     num_rows, num_q_heads, dim = q.shape
     num_kv_heads = k_cache.shape[1]
     if config is None:
-        config = decode_config(q.device, num_rows, num_kv_heads, dim, slot_table.shape[1])
+        max_len = slot_table.shape[1]
+        config = decode_config(q.device, num_rows, num_kv_heads, dim, max_len, k_cache.dtype)
     group = num_q_heads // num_kv_heads
-    out = torch.empty(num_rows, num_q_heads, dim, dtype=q.dtype, device=q.device)
+    if out is None:
+        out = torch.empty(num_rows, num_q_heads, dim, dtype=q.dtype, device=q.device)
     if num_rows == 0:
         return out
     heads = num_kv_heads * triton.cdiv(group, 16)

@@ -26,6 +26,7 @@ def extend_attention(
     scale: float,
     window: int,
     max_q_len: int,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """softmax(scale q K^T + causal mask) V -> [T, Hq, D], in q's dtype.
 
@@ -38,10 +39,11 @@ def extend_attention(
     kv_lens     int32 [m], cached and new tokens of the row: its last query is the last of them
     window      a token sees only itself and the window - 1 before it; 0: all before it
     max_q_len   an upper bound of the rows' new tokens, known on the host
+    out         [T, Hq, D] contiguous, where the result goes
     """
     run = extend_attention_triton if q.is_cuda else extend_attention_naive
     return run(
-        q, k_cache, v_cache, slot_table, rows, q_starts, kv_lens, scale, window, max_q_len
+        q, k_cache, v_cache, slot_table, rows, q_starts, kv_lens, scale, window, max_q_len, out=out
     )  # fmt: skip
 
 
@@ -56,8 +58,9 @@ def extend_attention_naive(
     scale: float,
     window: int,
     max_q_len: int,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    out = torch.zeros_like(q)
+    out = torch.zeros_like(q) if out is None else out.zero_()
     group = q.shape[1] // k_cache.shape[1]
     starts = q_starts.tolist()
     for i, (row, kv_len) in enumerate(zip(rows.tolist(), kv_lens.tolist(), strict=True)):
@@ -305,13 +308,15 @@ def extend_attention_triton(
     window: int,
     max_q_len: int,
     config: ExtendConfig | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     num_tokens, num_q_heads, dim = q.shape
     num_rows = len(rows)
     group = num_q_heads // k_cache.shape[1]
     if config is None:
         config = extend_config(max_q_len, group, dim)
-    out = torch.empty(num_tokens, num_q_heads, dim, dtype=q.dtype, device=q.device)
+    if out is None:
+        out = torch.empty(num_tokens, num_q_heads, dim, dtype=q.dtype, device=q.device)
     if num_tokens == 0:
         return out
     pack = group if config.pack and group <= config.block_m else 1
