@@ -37,8 +37,8 @@ DTYPE = torch.bfloat16
 def make_int4(n: int, k: int, group: int = 128) -> int4.Int4Weight:
     return int4.Int4Weight(
         torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device="cuda"),
-        torch.rand(k // group, n, dtype=DTYPE, device="cuda"),
-        torch.randint(0, 16, (k // group, n), device="cuda").to(DTYPE),
+        torch.rand(k // group, n, device="cuda"),
+        torch.randint(0, 16, (k // group, n), device="cuda").float(),
         k,
         group,
     )

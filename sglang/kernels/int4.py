@@ -37,9 +37,9 @@ class Int4Weight:
     packed: torch.Tensor
     """uint8 [N, K / 2], K a multiple of BLOCK."""
     scales: torch.Tensor
-    """[groups, N], in the activations' dtype."""
+    """float32 [groups, N]. Of four bytes each, so that a kernel's loads of them can be asynchronous."""
     zeros: torch.Tensor
-    """[groups, N], the same dtype; whole numbers."""
+    """float32 [groups, N], whole numbers."""
     num_inputs: int
     """Before filling up."""
     group_size: int
@@ -78,9 +78,7 @@ def dequantize_int4_naive(w: Int4Weight, dtype: torch.dtype) -> torch.Tensor:
     """[N, K], computed in float32."""
     q = unpack_int4(w.packed)[:, : w.num_inputs]
     expand = (w.scales, w.zeros)
-    scales, zeros = (
-        t.float().repeat_interleave(w.group_size, 0)[: w.num_inputs].t() for t in expand
-    )
+    scales, zeros = (t.repeat_interleave(w.group_size, 0)[: w.num_inputs].t() for t in expand)
     return ((q.float() - zeros) * scales).to(dtype)
 
 

@@ -101,8 +101,8 @@ class GroupedLinear(LinearMethod):
             q = q[:, order]
         layer.int4 = Int4Weight(
             pack_int4(q).contiguous(),
-            weight.scales.to(layer.dtype).contiguous(),
-            weight.zeros.to(layer.dtype).contiguous(),
+            weight.scales.contiguous(),
+            weight.zeros.contiguous(),
             num_inputs,
             num_inputs // len(weight.scales),
         )

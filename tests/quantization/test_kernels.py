@@ -12,11 +12,11 @@ from sglang.kernels import quant_w8a8 as w8a8
 from tests.kernels.common import DEVICE, DTYPES, GPU, assert_close, randn, seeds
 
 
-def random_int4(n: int, k: int, group: int, dtype: torch.dtype) -> int4.Int4Weight:
+def random_int4(n: int, k: int, group: int) -> int4.Int4Weight:
     groups = -(-k // group)
     q = torch.randint(0, 16, (n, k), device=DEVICE)
-    scales = (torch.rand(groups, n, device=DEVICE) * 0.1 + 0.05).to(dtype)
-    zeros = torch.randint(0, 16, (groups, n), device=DEVICE).to(dtype)
+    scales = torch.rand(groups, n, device=DEVICE) * 0.1 + 0.05
+    zeros = torch.randint(0, 16, (groups, n), device=DEVICE).float()
     return int4.Int4Weight(int4.pack_int4(q), scales, zeros, k, group)
 
 
@@ -28,7 +28,7 @@ def random_case(seed: int) -> tuple[int4.Int4Weight, torch.dtype]:
     k = max(k, group)
     n = random.choice([16, 40, 64, 136])
     dtype = random.choice(DTYPES)
-    return random_int4(n, k, k if group == -1 else group, dtype), dtype
+    return random_int4(n, k, k if group == -1 else group), dtype
 
 
 def test_packing_is_undone_by_unpacking():
@@ -70,7 +70,7 @@ def test_int4_dequantize(seed):
 @pytest.mark.parametrize("tokens", [1, 7, 33, 300])
 def test_int4_linear_chooses_a_way_for_any_number_of_tokens(tokens):
     torch.manual_seed(tokens)
-    w = random_int4(72, 192, 64, DTYPES[0])
+    w = random_int4(72, 192, 64)
     x = randn(tokens, 192, dtype=DTYPES[0]) * 0.2
     assert_close(int4.int4_linear(x, w), int4.int4_linear_naive(x, w))
     if tokens <= 33:
