@@ -97,10 +97,11 @@ class ExtendConfig:
     """A tile gets another split for each of these keys, until it has max_splits."""
 
 
-def extend_config(max_q_len: int, group: int, head_dim: int) -> ExtendConfig:
+def extend_config(num_tokens: int, max_q_len: int, group: int, head_dim: int) -> ExtendConfig:
     pack = group > 1
     rows = max_q_len * group if pack else max_q_len
-    splits = 8 if max_q_len <= 128 else 4 if max_q_len <= 512 else 1
+    # Many tokens fill the GPU without, and their partial results would be large.
+    splits = 8 if num_tokens <= 128 else 4 if num_tokens <= 512 else 1
     if rows <= 32:
         return ExtendConfig(16 if rows <= 16 else 32, 64, 4, 3, pack, splits)
     if max_q_len < 1024 or head_dim > 128:
@@ -314,7 +315,7 @@ def extend_attention_triton(
     num_rows = len(rows)
     group = num_q_heads // k_cache.shape[1]
     if config is None:
-        config = extend_config(max_q_len, group, dim)
+        config = extend_config(num_tokens, max_q_len, group, dim)
     if out is None:
         out = torch.empty(num_tokens, num_q_heads, dim, dtype=q.dtype, device=q.device)
     if num_tokens == 0:
@@ -322,13 +323,13 @@ def extend_attention_triton(
     pack = group if config.pack and group <= config.block_m else 1
     heads, tokens = num_q_heads // pack, config.block_m // pack
     # A program for each tile, unless there are very many short rows.
-    at_most = min(num_tokens, num_tokens // tokens + num_rows)
-    programs = min(at_most, max(num_tokens // tokens + 16, 1024 // heads))
+    tiles = num_tokens // tokens + num_rows
+    programs = min(num_tokens, tiles, max(num_tokens // tokens + 16, 1024 // heads))
     splits, partial, lse, ended = config.max_splits, None, None, None
     if splits > 1:
         partial = torch.empty(num_tokens, num_q_heads, splits, dim, device=q.device)
         lse = torch.empty(num_tokens, num_q_heads, splits, device=q.device)
-        ended = counters(q.device, at_most * heads)
+        ended = counters(q.device, tiles * heads)
     # Heads first: those of one group then read the same K and V at about the same time.
     _extend_kernel[(heads, programs, splits)](
         q, k_cache, v_cache, slot_table, rows, q_starts, kv_lens, out, partial, lse, ended,

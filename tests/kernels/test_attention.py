@@ -86,7 +86,7 @@ def test_extend_agrees_with_its_twin(seed: int) -> None:
 @pytest.mark.parametrize("max_q_len", [1, 16, 100, 128, 2000])
 def test_chosen_extend_tiles_are_ones_that_tensor_cores_take(max_q_len: int, dim: int) -> None:
     for group in (1, 2, 7, 8):
-        config = extend_config(max_q_len, group, dim)
+        config = extend_config(max_q_len, max_q_len, group, dim)
         assert config.block_m in (16, 32, 64, 128)
         assert config.block_n in (32, 64, 128)
 
