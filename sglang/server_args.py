@@ -57,6 +57,22 @@ class ServerArgs:
     # HTTP
     host: str = _flag("127.0.0.1", "address to listen on")
     port: int = _flag(30000, "port to listen on; 0: any free one")
+    api_key: str | None = _flag(None, "clients must send it: Authorization: Bearer <key>")
+    allow_origins: list[str] = _flag([], "web origins that may call the server (CORS); * for all")
+    max_queued_requests: int | None = _flag(
+        None, "requests that wait for a seat at most; beyond: 503 (default: any number)"
+    )
+    max_body_mb: int = _flag(64, "size of a request's body at most, in MB")
+    tool_call_parser: str = _flag(
+        "hermes",
+        "how the model writes tool calls",
+        choices=("hermes", "llama3", "pythonic", "mistral"),
+    )
+    reasoning_parser: str | None = _flag(
+        None,
+        "tell <think>...</think> apart as reasoning_content; deepseek-r1: replies begin within it",
+        choices=("deepseek-r1", "qwen3"),
+    )
     log_level: str = _flag(
         "info", "least severe message to log", choices=("debug", "info", "warning", "error")
     )

@@ -9,9 +9,11 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
 import sglang
 from sglang.server.errors import install_error_handlers
+from sglang.server.gate import Gate
 from sglang.server.native import native_router
 from sglang.server.openai.chat import chat_router
 from sglang.server.openai.completions import completions_router
@@ -21,6 +23,16 @@ from sglang.server.service import Service
 def build_app(service: Service) -> FastAPI:
     app = FastAPI(title="nano-sglang", version=sglang.__version__)
     install_error_handlers(app)
+    app.add_middleware(
+        Gate, api_key=service.args.api_key, max_body_bytes=service.args.max_body_mb << 20
+    )
+    if service.args.allow_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=service.args.allow_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+        )
     app.include_router(completions_router(service))
     app.include_router(chat_router(service))
     app.include_router(native_router(service))

@@ -18,9 +18,15 @@ class ApiError(Exception):
     """Ends a request with `status`. `param` is the field at fault, as the client spells it."""
 
     def __init__(
-        self, message: str, param: str | None = None, status: int = 400, code: str | None = None
+        self,
+        message: str,
+        param: str | None = None,
+        status: int = 400,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
     ) -> None:
         super().__init__(message)
+        self.headers = headers
         self.message, self.param, self.status, self.code = message, param, status, code
 
 
@@ -84,7 +90,7 @@ def describe_validation(errors: Sequence[Any]) -> tuple[str, str | None]:
 def install_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(ApiError)
     async def on_api_error(request: Request, error: ApiError) -> JSONResponse:
-        return error_response(error.message, error.status, error.param, error.code)
+        return error_response(error.message, error.status, error.param, error.code, error.headers)
 
     @app.exception_handler(RequestValidationError)
     async def on_validation_error(request: Request, error: RequestValidationError) -> JSONResponse:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import msgspec
 from fastapi import APIRouter, Response
+from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
 import sglang
@@ -21,6 +22,7 @@ from sglang.server.openai.schemas import (
     TEXTS,
     TOKEN_LISTS,
     Unsupported,
+    check_unicode,
     parse_prompts,
     refuse_unsupported,
 )
@@ -63,6 +65,20 @@ class AbortBody(BaseModel):
 
     rid: str | None = None
     abort_all: bool = False
+
+
+class TokenizeBody(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    text: str
+    add_special_tokens: bool = True
+
+
+class DetokenizeBody(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    tokens: list[int]
+    skip_special_tokens: bool = False
 
 
 class NativeWriter:
@@ -210,6 +226,31 @@ def native_router(service: Service) -> APIRouter:
         finally:
             generation.close()
         return {"status": "ok"}
+
+    @router.get("/metrics", response_class=PlainTextResponse)
+    async def metrics() -> PlainTextResponse:
+        """For Prometheus."""
+        text = manager.metrics.render(await manager.stats(), service.model.name)
+        return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
+
+    @router.post("/tokenize")
+    async def tokenize(body: TokenizeBody) -> dict[str, Any]:
+        """A text's token ids."""
+        try:
+            check_unicode(body.text)
+        except ValueError as error:
+            raise ApiError(f"text {error}", "text") from None
+        service.need_tokenizer()
+        ids = await service.encode(body.text, body.add_special_tokens)
+        return {"tokens": ids, "count": len(ids), "max_model_len": service.model.context_len}
+
+    @router.post("/detokenize")
+    async def detokenize(body: DetokenizeBody) -> dict[str, str]:
+        """The text of token ids."""
+        tokenizer = service.need_tokenizer()
+        if any(not 0 <= id < service.model.vocab_size for id in body.tokens):
+            raise ApiError(f"tokens must be in [0, {service.model.vocab_size})", "tokens")
+        return {"text": tokenizer.decode(body.tokens, body.skip_special_tokens)}
 
     @router.get("/get_model_info")
     async def get_model_info() -> dict[str, Any]:

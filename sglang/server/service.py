@@ -90,6 +90,14 @@ class Service:
         except ValueError as error:
             raise bad_value(error, names) from None
 
+    def _check_queue(self, count: int) -> None:
+        queue = self.args.max_queued_requests
+        if queue is None:
+            return
+        if self.manager.num_sequences + count > self.engine.max_running_requests + queue:
+            message = f"the queue is full (--max-queued-requests {queue}): try again later"
+            raise ApiError(message, status=503, headers={"Retry-After": "1"})
+
     def generate(
         self,
         rid: str,
@@ -108,6 +116,7 @@ class Service:
             raise ApiError("the server is shutting down", status=503)
         if n < 1 or len(prompts) * n > MAX_SEQUENCES:
             raise ApiError(f"n must be at least 1, and prompts x n at most {MAX_SEQUENCES}", "n")
+        self._check_queue(len(prompts) * n)
         if self.tokenizer is None and any(params.stop for _, params in prompts):
             raise ApiError(
                 "stop needs a tokenizer (--skip-tokenizer-init); see stop_token_ids", "stop"

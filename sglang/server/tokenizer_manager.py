@@ -37,6 +37,7 @@ from sglang.messages import (
 )
 from sglang.sampling_params import SamplingParams
 from sglang.server.limits import NO_LOGPROBS, Limits, LogprobsWanted
+from sglang.server.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -50,8 +51,8 @@ class Sequence:
     """One sequence of a generation: what it has said that its reader has not taken yet."""
 
     __slots__ = (
-        "cached_tokens", "end", "generation", "handle", "ids", "index", "is_news", "logprobs",
-        "num_taken", "prompt_logprobs", "prompt_tokens", "text",
+        "cached_tokens", "end", "first_at", "generation", "handle", "ids", "index", "is_news",
+        "logprobs", "num_taken", "prompt_logprobs", "prompt_tokens", "text",
     )  # fmt: skip
 
     def __init__(self, generation: Generation, index: int, handle: int, prompt_len: int) -> None:
@@ -68,6 +69,8 @@ class Sequence:
         self.prompt_logprobs: list[PromptLogprobs] = []
         self.prompt_tokens = prompt_len
         self.cached_tokens = 0
+        self.first_at = 0.0
+        """When its first token came."""
         self.end: StreamEnd | None = None
         self.is_news = False
 
@@ -148,6 +151,8 @@ class Generation:
         """The token path."""
         sequence.text += delta.text
         sequence.ids += delta.token_ids
+        if not sequence.first_at and delta.token_ids:
+            sequence.first_at = time.monotonic()
         if delta.cached_tokens:
             sequence.cached_tokens = delta.cached_tokens
         if delta.logprobs:
@@ -209,6 +214,7 @@ class TokenizerManager:
         self._inbox = Inbox(self._socket, self._receive)
         self._vocab_size = vocab_size
         self._limits: Limits | None = None
+        self.metrics = Metrics()
         self._engine: asyncio.Future[EngineReady] = asyncio.get_running_loop().create_future()
         self._handles = itertools.count(1)
         self._sequences: dict[int, Sequence] = {}
@@ -219,6 +225,11 @@ class TokenizerManager:
     async def ready(self) -> EngineReady:
         """Waits until weights are loaded."""
         return await asyncio.shield(self._engine)
+
+    @property
+    def num_sequences(self) -> int:
+        """Running or queued."""
+        return len(self._sequences)
 
     @property
     def num_generations(self) -> int:
@@ -299,6 +310,7 @@ class TokenizerManager:
                         continue  # its reader has gone
                     if delta.end is not None:
                         del sequences[delta.handle]
+                        self._observe(sequence.generation, sequence, delta)
                     sequence.generation.push(sequence, delta)
             case Stats():
                 _answer(self._stats, message)
@@ -309,6 +321,13 @@ class TokenizerManager:
                     self._vocab_size, message.context_len, message.max_total_tokens
                 )
                 self._engine.set_result(message)
+
+    def _observe(self, generation: Generation, sequence: Sequence, last: StreamDelta) -> None:
+        assert last.end is not None
+        now = time.monotonic()
+        first = sequence.first_at or (now if last.token_ids else 0.0)
+        count = last.end.completion_tokens
+        self.metrics.observe(last.end.reason, generation.start, first, now, count)
 
     def close(self) -> None:
         self._inbox.close()

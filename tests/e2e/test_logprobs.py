@@ -8,17 +8,7 @@ import openai
 import pytest
 import torch
 
-from tests.e2e.serving import Server
 from tests.reference import demo_model_in_transformers
-
-
-@pytest.fixture(scope="module")
-def exact():
-    """The weights of the reference: the demo model's default is 8-bit products on a CPU."""
-    server = Server("--dtype", "float32").wait_ready()
-    yield server
-    server.stop()
-
 
 IDS = [504, 3575, 282, 4649, 314]  # "The capital of France is"
 TEXT = "The capital of France is"
@@ -38,8 +28,8 @@ def assert_same(entries, expected: torch.Tensor) -> None:
         assert abs(logprob - float(row[id])) < TOLERANCE
 
 
-def test_native_logprobs_of_prompt_and_output_are_those_of_transformers(exact):
-    reply = exact.generate(
+def test_native_logprobs_of_prompt_and_output_are_those_of_transformers(server):
+    reply = server.generate(
         input_ids=IDS,
         sampling_params={"temperature": 0, "max_new_tokens": 8},
         return_logprob=True,
@@ -64,12 +54,12 @@ def test_native_logprobs_of_prompt_and_output_are_those_of_transformers(exact):
 
 
 @pytest.mark.parametrize("start", [0, 1, 3, 700])
-def test_prompt_logprobs_are_right_beyond_a_chunk_and_whatever_is_cached(exact, start):
+def test_prompt_logprobs_are_right_beyond_a_chunk_and_whatever_is_cached(server, start):
     """The chunks are of 512 tokens; positions before `start` may come from the cache."""
     ids = [(7 * i * i + i) % 40000 + 100 for i in range(1100)]
     greedy = {"temperature": 0, "max_new_tokens": 2}
-    exact.generate(input_ids=ids, sampling_params=greedy)
-    reply = exact.generate(
+    server.generate(input_ids=ids, sampling_params=greedy)
+    reply = server.generate(
         input_ids=ids, sampling_params=greedy, return_logprob=True, logprob_start_len=start
     )
     scored = reply["meta_info"]["input_token_logprobs"]
@@ -80,9 +70,9 @@ def test_prompt_logprobs_are_right_beyond_a_chunk_and_whatever_is_cached(exact, 
     assert reply["meta_info"]["cached_tokens"] == max(start - 1, 0)
 
 
-def test_a_prompt_alone_can_be_scored(exact):
+def test_a_prompt_alone_can_be_scored(server):
     """What evaluation harnesses do: echo, logprobs, and no token of output."""
-    client = openai.OpenAI(base_url=exact.url + "/v1", api_key="none")
+    client = openai.OpenAI(base_url=server.url + "/v1", api_key="none")
     model = client.models.list().data[0].id
     reply = client.completions.create(
         model=model, prompt=[IDS, IDS[:3]], max_tokens=0, echo=True, logprobs=1

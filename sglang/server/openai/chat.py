@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from typing import Any
 
@@ -12,6 +13,7 @@ from sglang.server.limits import LogprobsWanted
 from sglang.server.openai import writing
 from sglang.server.openai.logprobs import chat_logprobs
 from sglang.server.openai.schemas import ChatMessage, ChatRequest
+from sglang.server.openai.tool_calls import ReasoningSplitter, ToolCall, ToolParser
 from sglang.server.openai.writing import dumps
 from sglang.server.responses import DONE, GenerationResponse
 from sglang.server.service import Service, new_id
@@ -19,10 +21,53 @@ from sglang.server.tokenizer_manager import Generation, Sequence
 from sglang.tokenizer import Tokenizer
 
 
+class _Parsing:
+    """One sequence's text, split into reasoning, content and tool calls."""
+
+    def __init__(self, splitter: ReasoningSplitter | None, parser: ToolParser | None) -> None:
+        self._splitter, self._parser = splitter, parser
+        self.num_calls = 0
+
+    def push(self, text: str, is_last: bool) -> tuple[str, str, list[ToolCall]]:
+        """(reasoning, content, calls) that are new."""
+        reasoning, calls = "", []
+        if self._splitter is not None:
+            reasoning, text = self._splitter.push(text)
+            if is_last:
+                more = self._splitter.finish()
+                reasoning, text = reasoning + more[0], text + more[1]
+        if self._parser is not None:
+            text, calls = self._parser.push(text)
+            if is_last:
+                more_text, more_calls = self._parser.finish()
+                text, calls = text + more_text, calls + more_calls
+        self.num_calls += len(calls)
+        return reasoning, text, calls
+
+
 class ChatWriter:
     def __init__(
-        self, request: ChatRequest, generation: Generation, model: str, tokenizer: Tokenizer
+        self,
+        request: ChatRequest,
+        generation: Generation,
+        model: str,
+        tokenizer: Tokenizer,
+        reasoning_parser: str | None,
+        tool_call_parser: str | None,
     ) -> None:
+        """The parsers: None where nothing is to be parsed."""
+        self._parsing: list[_Parsing] = []
+        if reasoning_parser or tool_call_parser:
+            names = {tool.function.name for tool in request.tools or []}
+            self._parsing = [
+                _Parsing(
+                    ReasoningSplitter(reasoning_parser == "deepseek-r1")
+                    if reasoning_parser
+                    else None,
+                    ToolParser(tool_call_parser, names) if tool_call_parser else None,
+                )
+                for _ in generation.sequences
+            ]
         self._generation, self._n, self._tokenizer = generation, request.n or 1, tokenizer
         self._wants_logprobs = bool(request.logprobs)
         self._keeps_stop = bool(request.no_stop_trim)
@@ -61,6 +106,8 @@ class ChatWriter:
         return b"".join(writing.event(self._chunk(s, delta)) for s in self._generation.sequences)
 
     def event(self, sequence: Sequence) -> bytes:
+        if self._parsing:
+            return self._parsed_event(sequence)
         text = sequence.take_text()
         said = b""
         if self._wants_logprobs:
@@ -75,6 +122,45 @@ class ChatWriter:
             return said
         return said + writing.event(self._chunk(sequence, {}, **writing.finish(sequence)))
 
+    def _parsed_event(self, sequence: Sequence) -> bytes:
+        parsing, is_last = self._parsing[sequence.index], sequence.end is not None
+        first_call = parsing.num_calls
+        reasoning, content, calls = parsing.push(sequence.take_text(), is_last)
+        deltas: list[dict[str, Any]] = [
+            {name: value}
+            for name, value in (("reasoning_content", reasoning), ("content", content))
+            if value
+        ]
+        deltas += [{"tool_calls": [c.message(first_call + i)]} for i, c in enumerate(calls)]
+        logprobs = self._logprobs(sequence)
+        if logprobs and logprobs["content"] and not deltas:
+            deltas.append({"content": ""})
+        said = b""
+        for delta in deltas:
+            said += writing.event(self._chunk(sequence, delta, logprobs))
+            logprobs = None
+        return said + (
+            writing.event(self._chunk(sequence, {}, **self._end(sequence))) if is_last else b""
+        )
+
+    def _end(self, sequence: Sequence) -> dict[str, Any]:
+        end = writing.finish(sequence)
+        called = self._parsing and self._parsing[sequence.index].num_calls
+        return {**end, "finish_reason": "tool_calls"} if called else end
+
+    def _message(self, sequence: Sequence) -> dict[str, Any]:
+        if not self._parsing:
+            return {"role": "assistant", "content": sequence.text}
+        reasoning, content, calls = self._parsing[sequence.index].push(sequence.text, True)
+        message: dict[str, Any] = {"role": "assistant", "content": content or None}
+        if reasoning:
+            message["reasoning_content"] = reasoning
+        if calls:
+            message["tool_calls"] = [call.message() for call in calls]
+        else:
+            message["content"] = content
+        return message
+
     def closing(self) -> bytes:
         if not self._wants_usage:
             return DONE
@@ -85,9 +171,9 @@ class ChatWriter:
         choices = [
             {
                 "index": sequence.index,
-                "message": {"role": "assistant", "content": sequence.text},
+                "message": self._message(sequence),
                 "logprobs": self._logprobs(sequence),
-                **writing.finish(sequence),
+                **self._end(sequence),
             }
             for sequence in self._generation.sequences
         ]
@@ -103,9 +189,20 @@ def _for_template(index: int, message: ChatMessage) -> dict[str, Any]:
     elif message.content is None and message.role != "assistant":
         raise ApiError(f"messages[{index}].content must not be null", "messages")
     values.setdefault("content", "")
+    if values.get("tool_calls"):
+        values["tool_calls"] = [_with_parsed_arguments(call) for call in values["tool_calls"]]
     if message.role == "developer":
         values["role"] = "system"
     return values
+
+
+def _with_parsed_arguments(call: Any) -> Any:
+    """Templates write arguments as JSON themselves."""
+    try:
+        function = call["function"]
+        return {**call, "function": {**function, "arguments": json.loads(function["arguments"])}}
+    except (ValueError, TypeError, KeyError):
+        return call
 
 
 def _part_text(index: int, part: dict[str, Any]) -> str:
@@ -126,6 +223,7 @@ def _render(service: Service, request: ChatRequest) -> str:
     try:
         prompt = service.need_tokenizer().render_chat(
             messages,
+            tools=[tool.model_dump(exclude_none=True) for tool in request.usable_tools] or None,
             add_generation_prompt=not continues and request.add_generation_prompt is not False,
             continue_final_message=continues,
             **(request.chat_template_kwargs or {}),
@@ -160,7 +258,14 @@ def chat_router(service: Service) -> APIRouter:
         }
         if request.response_format is not None:
             names["json_schema"] = "response_format"
-        params = service.sampling(request.sampling(wanted), names)
+        values = request.sampling(wanted)
+        reads_calls = None
+        if request.usable_tools:
+            reads_calls = "json" if request.forces_call else service.args.tool_call_parser
+            names["json_schema"] = "tools" if request.forces_call else "response_format"
+            if reads_calls in ("llama3", "pythonic", "mistral"):
+                values["skip_special_tokens"] = False  # they mark calls
+        params = service.sampling(values, names)
         generation = service.generate(
             request.rid or new_id("chatcmpl"),
             [(ids, params)],
@@ -169,7 +274,17 @@ def chat_router(service: Service) -> APIRouter:
             names=names,
             logprobs=LogprobsWanted(request.top_logprobs or 0 if request.logprobs else -1),
         )
-        writer = ChatWriter(request, generation, service.model.name, service.need_tokenizer())
+        reasoning = service.args.reasoning_parser if params.json_schema is None else None
+        if request.separate_reasoning is False:
+            reasoning = None
+        writer = ChatWriter(
+            request,
+            generation,
+            service.model.name,
+            service.need_tokenizer(),
+            reasoning,
+            reads_calls,
+        )
         return GenerationResponse(generation, writer, bool(request.stream))
 
     return router

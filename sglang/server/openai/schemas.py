@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchem
 
 from sglang.sampling_params import MAX_TOP_LOGPROBS
 from sglang.server.errors import ApiError
+from sglang.server.openai.tool_calls import forced_calls_schema
 
 _UNSUPPORTED = "Not supported: refused unless null."
 Unsupported = Annotated[Any, Field(description=_UNSUPPORTED)]
@@ -207,20 +208,47 @@ class ResponseFormat(BaseModel):
         return self.json_schema.schema_
 
 
+class Function(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    name: str = Field(min_length=1)
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    type: Literal["function"]
+    function: Function
+
+
+class FunctionName(BaseModel):
+    name: str
+
+
+class NamedTool(BaseModel):
+    type: Literal["function"]
+    function: FunctionName
+
+
 class ChatRequest(_Sampling):
     messages: list[ChatMessage] = Field(min_length=1)
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     response_format: ResponseFormat | None = None
-    tool_choice: str | dict[str, Any] | None = None
+    tools: list[Tool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    separate_reasoning: bool | None = None
     modalities: list[str] | None = None
     # SGLang's and vLLM's
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = False
     chat_template_kwargs: dict[str, Any] | None = None
 
-    tools: Unsupported = None
     functions: Unsupported = None
     function_call: Unsupported = None
     audio: Unsupported = None
@@ -228,8 +256,10 @@ class ChatRequest(_Sampling):
 
     def refuse_unsupported(self) -> None:
         super().refuse_unsupported()
-        if self.tool_choice not in (None, "none", "auto"):
-            raise ApiError("tool_choice is not supported by this server", "tool_choice")
+        if self.forces_call and not self.usable_tools:
+            raise ApiError("tool_choice names no tool that is in tools", "tool_choice")
+        if self.forces_call and any(value is not None for value in super().grammar().values()):
+            raise ApiError("tool_choice cannot be combined with a grammar", "tool_choice")
         if self.top_logprobs and not self.logprobs:
             raise ApiError("top_logprobs needs logprobs to be true", "top_logprobs")
         if self.response_format is not None and self.response_format.schema_text() is not None:
@@ -243,6 +273,23 @@ class ChatRequest(_Sampling):
             message = "continue_final_message excludes add_generation_prompt"
             raise ApiError(message, "continue_final_message")
 
+    @property
+    def forces_call(self) -> bool:
+        return self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool)
+
+    @property
+    def usable_tools(self) -> list[Tool]:
+        if self.tool_choice == "none":
+            return []
+        tools = self.tools or []
+        if isinstance(self.tool_choice, NamedTool):
+            return [t for t in tools if t.function.name == self.tool_choice.function.name]
+        return tools
+
     def grammar(self) -> dict[str, Any]:
         schema = self.response_format.schema_text() if self.response_format else None
+        if self.forces_call:
+            functions = [tool.function.model_dump() for tool in self.usable_tools]
+            parallel = self.tool_choice == "required" and self.parallel_tool_calls is not False
+            schema = forced_calls_schema(functions, parallel)
         return {**super().grammar(), "json_schema": schema} if schema else super().grammar()

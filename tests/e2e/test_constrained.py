@@ -1,0 +1,110 @@
+"""Grammars and tools: what a reply may look like, it looks like."""
+
+from __future__ import annotations
+
+import json
+import re
+
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 20},
+        "age": {"type": "integer", "minimum": 0, "maximum": 120},
+        "role": {"enum": ["cook", "pilot"]},
+    },
+    "required": ["name", "age", "role"],
+    "additionalProperties": False,
+}
+ASK = [{"role": "user", "content": "Invent a person."}]
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "The weather of a city.",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string", "maxLength": 12}},
+            "required": ["city"],
+            "additionalProperties": False,
+        },
+    },
+}
+
+
+def test_a_json_schema_is_obeyed_at_any_temperature_and_forced_tokens_are_prefilled(
+    server, client, model
+):
+    before = server.stats()["forced_tokens"]
+    schema = {"type": "json_schema", "json_schema": {"name": "p", "schema": PERSON, "strict": True}}
+    for seed in range(4):
+        kwargs = dict(
+            model=model, messages=ASK, response_format=schema, max_tokens=200, temperature=1.5
+        )
+        reply = client.chat.completions.create(seed=seed, **kwargs)
+        person = json.loads(reply.choices[0].message.content)
+        assert reply.choices[0].finish_reason == "stop"
+        assert set(person) == {"name", "age", "role"} and person["role"] in ("cook", "pilot")
+        assert isinstance(person["age"], int) and 0 <= person["age"] <= 120
+    assert server.stats()["forced_tokens"] > before
+
+
+def test_regex_and_ebnf_are_obeyed_beside_unconstrained_prompts(server):
+    def params(**grammar):
+        return {"temperature": 1.0, "max_new_tokens": 24, **grammar}
+
+    replies = server.generate(
+        text=["Call me at ", "Yes or no? ", "Once upon"] * 4,
+        sampling_params=[
+            params(regex=r"\d{3}-\d{4}"), params(ebnf='root ::= "yes" | "no"'), params()
+        ] * 4,
+    )  # fmt: skip
+    for i in range(0, 12, 3):
+        assert re.fullmatch(r"\d{3}-\d{4}", replies[i]["text"])
+        assert replies[i + 1]["text"] in ("yes", "no")
+        assert replies[i + 2]["meta_info"]["completion_tokens"] > 0
+    assert server.wait_idle(1.0)
+
+
+def test_a_forced_tool_call_has_arguments_that_fit_whole_and_streamed(client, model):
+    named = {"type": "function", "function": {"name": "get_weather"}}
+    for choice in ("required", named):
+        kwargs = dict(
+            model=model,
+            messages=[{"role": "user", "content": "How is the weather in Paris?"}],
+            tools=[WEATHER],
+            tool_choice=choice,
+            parallel_tool_calls=False,
+            temperature=0,
+        )
+        whole = client.chat.completions.create(**kwargs).choices[0]
+        (call,) = whole.message.tool_calls
+        assert whole.finish_reason == "tool_calls" and call.function.name == "get_weather"
+        assert set(json.loads(call.function.arguments)) == {"city"}
+        chunks = [c.choices[0] for c in client.chat.completions.create(stream=True, **kwargs)]
+        (said,) = [c.delta.tool_calls[0] for c in chunks if c.delta.tool_calls]
+        assert said.function.arguments == call.function.arguments and said.index == 0
+        assert chunks[-1].finish_reason == "tool_calls"
+
+
+def test_tools_that_are_not_called_leave_the_text_as_it_is(client, model):
+    kwargs = dict(model=model, messages=ASK, temperature=0, max_tokens=12)
+    plain = client.chat.completions.create(**kwargs).choices[0].message.content
+    none = client.chat.completions.create(tools=[WEATHER], tool_choice="none", **kwargs)
+    assert none.choices[0].message.content == plain
+    auto = client.chat.completions.create(tools=[WEATHER], **kwargs).choices[0]
+    assert auto.message.content and auto.message.tool_calls is None
+
+
+def test_texts_become_tokens_and_back(server):
+    tokens = server.post("/tokenize", {"text": "héllo 漢字"}).json()
+    assert tokens["count"] == len(tokens["tokens"])
+    back = server.post("/detokenize", {"tokens": tokens["tokens"]}).json()
+    assert back == {"text": "héllo 漢字"}
+
+
+def test_metrics_and_request_ids(server):
+    server.generate(text="Hi", sampling_params={"max_new_tokens": 3})
+    text = server.get("/metrics").text
+    for name in ("num_running_reqs", "token_usage", "time_to_first_token_seconds_count"):
+        assert re.search(rf"^sglang:{name}{{model_name=\"\S+\"}} [\d.]+$", text, re.M), name
+    assert server.get("/health").headers["x-request-id"]
