@@ -37,7 +37,7 @@ class Int4Weight:
     packed: torch.Tensor
     """uint8 [N, K / 2], K a multiple of BLOCK."""
     scales: torch.Tensor
-    """float32 [groups, N]. Of four bytes each, so that a kernel's loads of them can be asynchronous."""
+    """float32 [groups, N]: of four bytes each, loads of them can be asynchronous."""
     zeros: torch.Tensor
     """float32 [groups, N], whole numbers."""
     num_inputs: int

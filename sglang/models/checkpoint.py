@@ -54,6 +54,10 @@ class Checkpoint(ABC):
             leave=False,
         )
 
+    @property
+    def names(self) -> frozenset[str]:
+        return self._names
+
     def has(self, name: str) -> bool:
         return name in self._names
 

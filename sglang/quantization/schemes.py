@@ -1,5 +1,5 @@
-"""What a checkpoint's quantization_config says, in the words of this project. No torch here: a start
-with a scheme that cannot be served ends before any process is started.
+"""What a checkpoint's quantization_config says, in the words of this project. No torch here: with a
+scheme that cannot be served, a start ends before any process is started.
 
     AutoAWQ              quant_method "awq"
     AutoGPTQ, GPTQModel  quant_method "gptq"

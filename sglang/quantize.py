@@ -1,0 +1,165 @@
+"""Make a quantized checkpoint: python -m sglang.quantize --method awq|gptq|int8|fp8 IN OUT
+
+IN is a folder, a .gguf file or a hub id; "" is the demo model. Weights are rounded to nearest, with
+nothing calibrated: AWQ's and GPTQ's formats, not their algorithms, whose checkpoints are better.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from sglang.kernels.quant_w8a8 import quantize_tokens_naive
+from sglang.model_config import ModelConfig, _read_gguf
+from sglang.models.checkpoint import open_checkpoint
+from sglang.quantization.grouped import AWQLinear
+from sglang.server_args import ServerArgs
+
+METHODS = ("awq", "gptq", "int8", "fp8")
+_TOKENIZER_FILES = ("token*", "special_tokens*", "vocab*", "merges*", "*.jinja", "generation_c*")
+_MODEL_TYPES = {"Llama": "llama", "Mistral": "mistral", "Qwen2": "qwen2", "Qwen3": "qwen3"}
+
+
+def quantize(method: str, source: str, target: str, group_size: int = 0) -> None:
+    """group_size 0: the largest of 128, 64 and 32 that divides every layer's inputs."""
+    config = ModelConfig.load(ServerArgs(model_path=source, device="cpu", dtype="float32"))
+    if config.quantization_config is not None:
+        raise ValueError(f"{config.path} is quantized already")
+    checkpoint = open_checkpoint(config)
+    widths = (config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim)
+    sizes = [size for size in (128, 64, 32) if all(width % size == 0 for width in widths)]
+    if method in ("awq", "gptq") and not (group_size or sizes):
+        raise ValueError(f"no group size divides the layers' inputs, {widths}")
+    group_size = group_size or (sizes or [0])[0]
+
+    dtype = torch.float16 if method in ("awq", "gptq") else torch.bfloat16
+    tensors: dict[str, torch.Tensor] = {}
+    for name in sorted(checkpoint.names):
+        weight = torch.empty(checkpoint.shape(name))
+        checkpoint.load(weight, name)
+        if name.endswith("_proj.weight"):
+            tensors |= quantize_layer(method, name.removesuffix(".weight"), weight, group_size)
+        else:
+            tensors[name] = weight.to(dtype)
+    folder = Path(target)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    values = _copy_the_rest(config, folder)
+    values |= {
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        "quantization_config": quantization_config(method, group_size),
+    }
+    (folder / "config.json").write_text(json.dumps(values, indent=1))
+
+
+def quantize_layer(
+    method: str, name: str, weight: torch.Tensor, group_size: int
+) -> dict[str, torch.Tensor]:
+    """The tensors of a linear layer, weight float32 [N, K], as the format has them."""
+    if method in ("int8", "fp8"):
+        format = torch.int8 if method == "int8" else torch.float8_e4m3fn
+        q, scales = quantize_tokens_naive(weight, format)
+        return {f"{name}.weight": q, f"{name}.weight_scale": scales[:, None].contiguous()}
+    q, scales, zeros = round_to_int4(weight, group_size)
+    if method == "awq":
+        pack = [AWQLinear.ORDER.index(nibble) for nibble in range(8)]
+        words = {"qweight": q.t(), "qzeros": zeros}
+        packed = {
+            key: _words(value.unflatten(1, (-1, 8))[:, :, pack].flatten(1), 1)
+            for key, value in words.items()
+        }
+    else:  # the first version's zero points are stored less one
+        packed = {"qweight": _words(q.t(), 0), "qzeros": _words((zeros - 1) % 16, 1)}
+        packed["g_idx"] = (torch.arange(q.shape[1]) // group_size).int()
+    packed["scales"] = scales.half()
+    return {f"{name}.{key}": value.contiguous() for key, value in packed.items()}
+
+
+def round_to_int4(
+    weight: torch.Tensor, group_size: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """float32 [N, K] -> (q [N, K] of 0..15, scales [groups, N], zeros [groups, N]), with which
+    (q - zero) scale is near the weight."""
+    groups = weight.unflatten(1, (-1, group_size))  # [N, groups, group_size]
+    low, high = groups.amin(2).clamp_max(0.0), groups.amax(2).clamp_min(0.0)
+    scales = ((high - low) / 15).half().float().clamp_min(1e-7)
+    zeros = (-low / scales).round().clamp(0, 15)
+    q = (groups / scales[:, :, None]).round() + zeros[:, :, None]
+    return q.clamp(0, 15).flatten(1).int(), scales.t(), zeros.t().int()
+
+
+def _words(numbers: torch.Tensor, dim: int) -> torch.Tensor:
+    """4-bit numbers -> int32, eight along `dim` in each, the first one lowest."""
+    eights = numbers.int().unflatten(dim, (-1, 8))
+    words = torch.zeros_like(eights.select(dim + 1, 0))
+    for i in range(8):
+        words |= eights.select(dim + 1, i) << 4 * i
+    return words
+
+
+def quantization_config(method: str, group_size: int) -> dict[str, Any]:
+    common = {"quant_method": method, "bits": 4, "group_size": group_size}
+    if method == "awq":
+        return common | {"version": "gemm", "zero_point": True}
+    if method == "gptq":
+        return common | {"desc_act": False, "sym": False, "checkpoint_format": "gptq"}
+    eight = {"num_bits": 8, "type": "int" if method == "int8" else "float", "symmetric": True}
+    group = {
+        "targets": ["Linear"],
+        "weights": eight | {"strategy": "channel", "dynamic": False},
+        "input_activations": eight | {"strategy": "token", "dynamic": True},
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized" if method == "int8" else "float-quantized",
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head"],
+        "quantization_status": "compressed",
+    }
+
+
+def _copy_the_rest(config: ModelConfig, folder: Path) -> dict[str, Any]:
+    """Tokenizer and the like go to `folder`; returns the contents of config.json."""
+    source = Path(config.path)
+    if source.suffix != ".gguf":
+        for pattern in _TOKENIZER_FILES:
+            for file in source.glob(pattern):
+                shutil.copy(file, folder / file.name)
+        return json.loads((source / "config.json").read_text(encoding="utf-8"))
+    from sglang.models import gguf_tokenizer
+    from sglang.models.gguf import GGUFFile
+
+    metadata = GGUFFile(source).metadata
+    gguf_tokenizer.build_tokenizer(metadata).save(str(folder / "tokenizer.json"))
+    settings: dict[str, Any] = gguf_tokenizer.special_tokens(metadata)
+    if template := metadata.get("tokenizer.chat_template"):
+        settings["chat_template"] = template
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
+    family = config.architecture.removesuffix("ForCausalLM")
+    return _read_gguf(source) | {"model_type": _MODEL_TYPES[family]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m sglang.quantize",
+        description="Write a quantized checkpoint, its weights rounded to nearest.",
+    )
+    parser.add_argument("source", metavar="IN", help='folder, .gguf file or hub id; "": the demo')
+    parser.add_argument("target", metavar="OUT", help="folder to write")
+    parser.add_argument("--method", required=True, choices=METHODS)
+    parser.add_argument("--group-size", type=int, default=0, help="of awq and gptq")
+    args = parser.parse_args()
+    try:
+        quantize(args.method, args.source, args.target, args.group_size)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()
