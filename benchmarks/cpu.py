@@ -2,7 +2,7 @@
 
     python benchmarks/cpu.py
 
-Rounds alternate between the engines, and the median of each counts, as a shared machine disturbs now
+Rounds alternate between the engines and the median of each counts, as a shared machine disturbs now
 one and now the other. For eight requests transformers has two ways: `generate` for one after the
 other, and one `generate` for a batch, which is possible where all eight are there at the start.
 The last rows are what `python -m sglang.launch_server` does if it is not told to be exact: weights
