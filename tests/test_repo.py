@@ -72,6 +72,14 @@ def test_readme_names_no_flag_that_does_not_exist():
     assert named <= spellings
 
 
+def test_readme_names_every_endpoint():
+    readme = (ROOT / "README.md").read_text("utf-8")
+    for path in (ROOT / "sglang/server").rglob("*.py"):
+        text = path.read_text("utf-8")
+        for name in re.findall(r"@\w+\.(?:get|post|api_route)\(\s*\"(/[^\"{]*[^\"{/])", text):
+            assert f"`{name}`" in readme, f"{name}, of {path.name}"
+
+
 def test_files_that_the_documentation_links_to_exist():
     for path in FILES:
         if path.suffix == ".md":
