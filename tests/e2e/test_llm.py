@@ -18,7 +18,7 @@ PROMPTS = ["The capital of France is", "1, 2, 3,", "Once upon a time", "☃ こ�
 
 @pytest.fixture(scope="module")
 def llm():
-    with sglang.LLM(device="cpu", max_total_tokens=4096) as llm:
+    with sglang.LLM(device="cpu", dtype="float32", max_total_tokens=4096) as llm:
         yield llm
 
 
