@@ -72,8 +72,11 @@ class GemvConfig:
     num_warps: int
 
 
-def gemv_config(num_inputs: int, gated: bool) -> GemvConfig:
-    row = triton.next_power_of_2(num_inputs) * (2 if gated else 1)
+def gemv_config(num_outputs: int, num_inputs: int, gated: bool) -> GemvConfig:
+    block_k = triton.next_power_of_2(num_inputs)
+    if block_k >= 4096 and num_outputs >= 4096:
+        return GemvConfig(max(1, 16384 // block_k), num_warps=8)
+    row = block_k * (2 if gated else 1)
     block_n = max(1, min(8, 65536 // row))
     # 128 weights a thread: 64 registers.
     return GemvConfig(block_n, num_warps=min(max(block_n * row // 4096, 2), 16))
@@ -167,7 +170,7 @@ def fused_linear_triton(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     num_tokens, num_inputs = x.shape
     num_outputs = weight.shape[0] // 2 if gated else weight.shape[0]
-    config = config or gemv_config(num_inputs, gated)
+    config = config or gemv_config(num_outputs, num_inputs, gated)
     out = torch.empty(num_tokens, num_outputs, dtype=x.dtype, device=x.device)
     total = x if residual is None else torch.empty_like(x)
     if num_tokens == 0:
