@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import DTypeLike
 
-from sglang.messages import GenerateRequest, unpack
+from sglang.messages import GenerateRequest, RowSpec, pack, unpack
 from sglang.router.grammar import Grammar
 from sglang.router.radix_cache import Node
 
@@ -64,6 +65,34 @@ class Request:
             return self.tokens[: max(self.prompt_logprobs_from - 1, 0)]
         return self.tokens[:-1]
 
+    def row_spec(self) -> RowSpec:
+        """What the workers must know of it as it takes its row."""
+        params = self.params
+        suppress_until = self.prompt_len + params.min_new_tokens if params.min_new_tokens else 0
+        has_penalties = (
+            params.frequency_penalty, params.presence_penalty, params.repetition_penalty
+        ) != (0.0, 0.0, 1.0)  # fmt: skip
+        return RowSpec(
+            row=self.row,
+            cached_len=self.cached,
+            seed=self.seed,
+            temperature=params.temperature,
+            top_p=params.top_p,
+            top_k=max(params.top_k, 0),
+            min_p=params.min_p,
+            frequency_penalty=params.frequency_penalty,
+            presence_penalty=params.presence_penalty,
+            repetition_penalty=params.repetition_penalty,
+            logit_bias=params.logit_bias,
+            suppress_until=suppress_until,
+            suppress=self.stop_tokens if suppress_until else [],
+            top_logprobs=self.top_logprobs,
+            prompt_len=self.prompt_len,
+            history=pack(self.tokens) if has_penalties else b"",
+            prompt_logprobs_from=self.prompt_logprobs_from if self.scores_prompt else -1,
+            prompt=pack(self.tokens[: self.prompt_len]) if self.scores_prompt else b"",
+        )
+
     def __repr__(self) -> str:
         return f"Request({self.handle}, prompt {self.prompt_len}, limit {self.limit})"
 
@@ -82,7 +111,7 @@ class Rows:
     """
 
     def __init__(self, num_rows: int, max_len: int) -> None:
-        def column(dtype=np.int32):
+        def column(dtype: DTypeLike = np.int32) -> np.ndarray:
             return np.zeros(num_rows, dtype=dtype)
 
         self.num_rows = num_rows

@@ -15,18 +15,14 @@ import numpy as np
 from sglang.messages import (
     FinishReason,
     GenerateRequest,
-    RowSpec,
     Stats,
     StepPlan,
     StepResult,
-    StreamFinished,
-    StreamOpened,
     TokenBatch,
-    TokenLogprob,
-    pack,
     unpack,
 )
 from sglang.router.grammar import Grammar
+from sglang.router.outbox import Outbox
 from sglang.router.plan import Chunk, Flight, PlanBuilder
 from sglang.router.radix_cache import RadixCache
 from sglang.router.request import Request, Rows
@@ -80,7 +76,7 @@ class Scheduler:
         self._eos = eos
         self._future = FutureTokens(conservativeness)
         self._seeds = random.Random(seed)
-        self._outbox = TokenBatch(b"", b"")
+        self._outbox = Outbox()
         self._steps = 0
         self._admissions = 0
         self._preemptions = 0
@@ -112,7 +108,7 @@ class Scheduler:
             else:
                 self._leave(request, ended=True)
             if not silent:
-                self._finish(request, "abort")
+                self._outbox.finish(request, "abort")
 
     def is_idle(self) -> bool:
         return not self.requests
@@ -126,11 +122,7 @@ class Scheduler:
 
     def take_outbox(self) -> TokenBatch | None:
         """What there is to tell the detokenizer since the last call."""
-        out = self._outbox
-        if not (out.handles or out.opened or out.finished or out.prompt_logprobs):
-            return None
-        self._outbox = TokenBatch(b"", b"")
-        return out
+        return self._outbox.take()
 
     # --- plan --------------------------------------------------------------------------------
 
@@ -261,40 +253,15 @@ class Scheduler:
         return float(prompt + self._future.ratio * output)
 
     def _open(self, builder: PlanBuilder, request: Request, cached_slots: np.ndarray) -> None:
-        params = request.params
         row = self.rows.open_row(request, cached_slots)
         self._admissions += 1
         self.rows.admission[row] = self._admissions
         self._prefilling.append(request)
         if not request.announced:
-            self._announce(request)
+            self._outbox.announce(request)
             self._prompt_tokens += request.prompt_len
             self._hit_tokens += request.cached
-        suppress_until = request.prompt_len + params.min_new_tokens if params.min_new_tokens else 0
-        has_penalties = (
-            params.frequency_penalty, params.presence_penalty, params.repetition_penalty
-        ) != (0.0, 0.0, 1.0)  # fmt: skip
-        spec = RowSpec(
-            row=row,
-            cached_len=request.cached,
-            seed=request.seed,
-            temperature=params.temperature,
-            top_p=params.top_p,
-            top_k=max(params.top_k, 0),
-            min_p=params.min_p,
-            frequency_penalty=params.frequency_penalty,
-            presence_penalty=params.presence_penalty,
-            repetition_penalty=params.repetition_penalty,
-            logit_bias=params.logit_bias,
-            suppress_until=suppress_until,
-            suppress=request.stop_tokens if suppress_until else [],
-            top_logprobs=request.top_logprobs,
-            prompt_len=request.prompt_len,
-            history=pack(request.tokens) if has_penalties else b"",
-            prompt_logprobs_from=request.prompt_logprobs_from if request.scores_prompt else -1,
-            prompt=pack(request.tokens[: request.prompt_len]) if request.scores_prompt else b"",
-        )
-        builder.open(spec, cached_slots)
+        builder.open(request.row_spec(), cached_slots)
 
     # --- running out of slots ----------------------------------------------------------------
 
@@ -368,17 +335,7 @@ class Scheduler:
         rows.tokens[kept, at] = new
         rows.known[kept] = at + 1
         self._generated_tokens += len(kept)
-        out = self._outbox
-        start = len(out.handles) // 4
-        out.handles += pack(rows.handle[kept])
-        out.tokens += pack(new)
-        if result.logprobs:
-            index = {int(row): start + i for i, row in enumerate(kept)}
-            for lp in result.logprobs:
-                if lp.row in index:
-                    out.logprobs[index[lp.row]] = TokenLogprob(
-                        lp.logprob, lp.top_ids, lp.top_logprobs
-                    )
+        self._outbox.add_tokens(kept, rows.handle[kept], new, result.logprobs)
 
         stopped = (rows.stop_tokens[kept] == new[:, None]).any(axis=1)
         for row, token in zip(kept[stopped], new[stopped], strict=True):
@@ -401,8 +358,7 @@ class Scheduler:
         if forced:
             rows.tokens[row, known : known + len(forced)] = forced
             rows.known[row] = rows.prefill_len[row] = known + len(forced)
-            self._outbox.handles += pack([request.handle] * len(forced))
-            self._outbox.tokens += pack(forced)
+            self._outbox.add_forced(request, forced)
             self._generated_tokens += len(forced)
             self._forced_tokens += len(forced)
             if not rows.leaving[row]:
@@ -418,14 +374,13 @@ class Scheduler:
             assert request is not None
             if not self.rows.ended[scored.owner]:
                 request.prompt_logprobs_from = scored.start + len(scored.logprobs) // 4
-                scored.owner = request.handle
-                self._outbox.prompt_logprobs.append(scored)
+                self._outbox.add_prompt_logprobs(request, scored)
 
     def _complete(self, row: int, reason: FinishReason, token: int | None = None) -> None:
         request = self.rows.requests[row]
         assert request is not None
         self.rows.leaving[row] = self.rows.ended[row] = True
-        self._finish(request, reason, token)
+        self._outbox.finish(request, reason, token)
 
     def _remember(self, request: Request, end: int) -> None:
         """Puts the first `end` tokens, whose KV is written, into the tree, for others to use."""
@@ -468,27 +423,6 @@ class Scheduler:
             del self.requests[request.handle]
         else:
             self.waiting.put_back(request)
-
-    # --- telling the detokenizer ---------------------------------------------------------------
-
-    def _announce(self, request: Request) -> None:
-        params = request.params
-        request.announced = True
-        self._outbox.opened.append(
-            StreamOpened(
-                request.handle,
-                params.stop,
-                params.skip_special_tokens,
-                params.no_stop_trim,
-                request.prompt_len,
-                request.cached,
-            )
-        )
-
-    def _finish(self, request: Request, reason: FinishReason, token: int | None = None) -> None:
-        if not request.announced:
-            self._announce(request)
-        self._outbox.finished.append(StreamFinished(request.handle, reason, token))
 
     def stats(self) -> Stats:
         free = self.allocator.num_free + self.cache.num_evictable
