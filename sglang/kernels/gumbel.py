@@ -17,13 +17,16 @@ _LN2 = tl.constexpr(math.log(2))
 _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
-def gumbel_naive(seed: int, position: int, count: int, device: torch.device) -> torch.Tensor:
-    """The noise of tokens 0..count-1, float32 [count]."""
+def gumbel_naive(
+    seed: int, position: int, count: int, device: torch.device, first: int = 0
+) -> torch.Tensor:
+    """The noise of tokens first..first+count-1, float32 [count]."""
     c1, c2, c3 = _C1.value, _C2.value, _C3.value
     key = _mix((seed & _U32) + c3)
     key = _mix(key ^ (seed >> 32 & _U32))
     key = _mix(key ^ (position & _U32))
-    x = torch.arange(count, dtype=torch.int32, device=device).mul_(_signed(c3)).add_(_signed(key))
+    x = torch.arange(first, first + count, dtype=torch.int32, device=device)
+    x = x.mul_(_signed(c3)).add_(_signed(key))
     x = _shift_xor(x, 16).mul_(_signed(c1))
     x = _shift_xor(x, 15).add_(_signed(_mix(key + c3))).mul_(_signed(c2))
     x = _shift_xor(x, 16).bitwise_right_shift_(1).bitwise_and_(0x7FFFFFFF)

@@ -50,7 +50,7 @@ class VocabParallelEmbedding(nn.Module):
 
 
 class OutputHead(Linear):
-    """hidden [n, H] -> logits [n, vocab_size], the same on all ranks."""
+    """hidden [n, H] -> this rank's logits [n, stop - start], of the tokens start..stop-1."""
 
     def __init__(
         self,
@@ -69,6 +69,7 @@ class OutputHead(Linear):
         super().__init__([part], hidden_size, method, dtype, device)
         self.tp = tp
         self.vocab_size = vocab_size
+        self.start, self.stop = part.shard.bounds(vocab_size)
         self._tied = [tied] if tied else []  # in a list: no submodule of this one
 
     def load(self, checkpoint: Checkpoint) -> None:
@@ -79,6 +80,13 @@ class OutputHead(Linear):
         self.method.finish(self)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        logits = self.tp.all_gather(super().forward(hidden))
-        # Beyond the vocabulary: what the last rank's share was padded with.
-        return logits if logits.shape[1] == self.vocab_size else logits[:, : self.vocab_size]
+        logits = super().forward(hidden)
+        # Beyond its end: what the last rank's share was padded with.
+        return logits[:, : self.stop - self.start]
+
+    def gather(self, logits: torch.Tensor) -> torch.Tensor:
+        """Of all ranks: [n, vocab_size]."""
+        padding = self.parts[0].shard.length(self.vocab_size) - logits.shape[1]
+        if padding:
+            logits = F.pad(logits, (0, padding))
+        return self.tp.all_gather(logits)[:, : self.vocab_size]

@@ -134,5 +134,5 @@ class Decoder(nn.Module):
         return self.norm(x, residual)[0]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[n, H] -> [n, vocab_size], of all ranks' shares, in the model's dtype."""
-        return self.lm_head(hidden)
+        """[n, H] -> [n, vocab_size], in the model's dtype, the same on all ranks."""
+        return self.lm_head.gather(self.lm_head(hidden))

@@ -56,7 +56,7 @@ class GraphOutputs:
 
     rows: torch.Tensor  # int32 [n]
     kv_lens: torch.Tensor  # int32 [n]
-    logits: torch.Tensor  # [n, V]
+    logits: torch.Tensor  # [n, V] of this rank
     tokens: torch.Tensor  # int32 [n]
 
 

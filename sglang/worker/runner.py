@@ -97,7 +97,7 @@ class ModelRunner:
         fits = num_slots_that_fit(
             KVPool.bytes_per_slot(*shape, dtype), self.device, args.mem_fraction_static
         )
-        num_slots = min(fits, limits.max_total_tokens or fits)
+        num_slots = tp.least(min(fits, limits.max_total_tokens or fits))
         if num_slots < 1:
             raise ValueError(
                 "the weights leave no memory for a KV cache: see --mem-fraction-static"
@@ -108,7 +108,7 @@ class ModelRunner:
         num_rows = min(limits.max_running_requests, num_slots)
         self.chunk_size = limits.chunked_prefill_size
         self.rows = RowState(num_rows, config.context_len, self.device)
-        self.sampler = Sampler(num_rows, config.vocab_size, self.device)
+        self.sampler = Sampler(num_rows, config.vocab_size, self.device, sharded=tp.size > 1)
         self.prompt_scorer = PromptScorer()
         self.attention = create_attention_backend(args.attention_backend, self.device)
 
@@ -199,10 +199,15 @@ class ModelRunner:
         if len(sampled) < len(hidden):
             hidden = hidden.index_select(0, sample_at)
         params = rows.params.index_select(1, sample_rows)
-        logits = self.model.logits(hidden)
-        tokens, logprobs = self.sampler(
-            logits, sampled, sampled_lens, params, sample_positions, self._masks(step)
-        )
+        head, logprobs = self.model.lm_head, None
+        logits = head(hidden)
+        if self.sampler.is_plain(sampled) and len(step.masked) == 0:
+            tokens = draw(logits, head, params, sample_positions)
+        else:
+            tokens, logprobs = self.sampler(
+                head.gather(logits), sampled, sampled_lens, params, sample_positions,
+                self._masks(step),
+            )  # fmt: skip
         rows.last_token.index_copy_(0, sample_rows.long(), tokens)
         return tokens, logprobs, prompts
 
@@ -268,8 +273,9 @@ class ModelRunner:
         self, hidden: torch.Tensor, rows: torch.Tensor, kv_lens: torch.Tensor
     ) -> GraphOutputs:
         """A token for each row. What a row draws in the midst of its prompt is never used."""
-        logits = self.model.logits(hidden)
-        tokens = draw(logits, self.rows.params.index_select(1, rows), kv_lens)
+        head = self.model.lm_head
+        logits = head(hidden)
+        tokens = draw(logits, head, self.rows.params.index_select(1, rows), kv_lens)
         self.rows.last_token.index_copy_(0, rows.long(), tokens)
         return GraphOutputs(rows, kv_lens, logits, tokens)
 
@@ -280,7 +286,7 @@ class ModelRunner:
         (at,) = self._to_device(step.sample_of)
         rows = outputs.rows.index_select(0, at)
         tokens, logprobs = self.sampler(
-            outputs.logits.index_select(0, at),
+            self.model.lm_head.gather(outputs.logits.index_select(0, at)),
             step.rows[step.sample_of],
             step.kv_lens[step.sample_of],
             self.rows.params.index_select(1, rows),

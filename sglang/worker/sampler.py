@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from sglang.kernels.sampling import greedy, sample
+from sglang.kernels.sharded_sampling import best_keys, tokens_of
 from sglang.messages import Logprobs, RowSpec, unpack
+
+if TYPE_CHECKING:
+    from sglang.layers.embedding import OutputHead
 
 
 @dataclass
@@ -46,17 +51,25 @@ class _Adjustment:
 class Sampler:
     """Row-indexed, as RowState is; `open` before a row's first step."""
 
-    def __init__(self, num_rows: int, vocab_size: int, device: torch.device) -> None:
+    def __init__(
+        self, num_rows: int, vocab_size: int, device: torch.device, sharded: bool = False
+    ) -> None:
+        """sharded: ranks have some of the vocabulary each."""
         self._vocab_size = vocab_size
         self._device = device
+        self._sharded = sharded
         self._adjustments: dict[int, _Adjustment] = {}
         self._is_adjusted = np.zeros(num_rows + 1, dtype=bool)
         self._is_random = np.zeros(num_rows + 1, dtype=bool)
+        self._is_filtered = np.zeros(num_rows + 1, dtype=bool)
         self._top_logprobs = np.full(num_rows + 1, -1, dtype=np.int32)
 
     def open(self, spec: RowSpec) -> None:
         row = spec.row
         self._is_random[row] = spec.temperature > 0
+        self._is_filtered[row] = spec.temperature > 0 and (
+            spec.top_k > 0 or spec.top_p < 1 or spec.min_p > 0
+        )
         self._top_logprobs[row] = spec.top_logprobs
         self._adjustments.pop(row, None)
         adjusted = bool(spec.logit_bias or spec.suppress or spec.history)
@@ -86,6 +99,8 @@ class Sampler:
 
     def is_plain(self, rows: np.ndarray) -> bool:
         """`draw` alone will do for these rows."""
+        if self._sharded and self._is_filtered[rows].any():
+            return False
         return not (self._is_adjusted[rows].any() or (self._top_logprobs[rows] >= 0).any())
 
     def __call__(
@@ -112,7 +127,7 @@ class Sampler:
         if masks is not None:
             masks.apply(logits)
         if self._is_random[rows].any():
-            tokens = draw(logits, params, positions)
+            tokens = _sample(logits, params, positions)
         else:
             tokens = greedy(logits)
         for i in adjusted:
@@ -137,8 +152,21 @@ class Masks:
         logits[of] = logits[of].masked_fill(allowed == 0, -float("inf"))
 
 
-def draw(logits: torch.Tensor, params: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Samples by the rows' parameters alone; fit for a CUDA graph. int32 [n]."""
+def draw(
+    logits: torch.Tensor, head: OutputHead, params: torch.Tensor, positions: torch.Tensor
+) -> torch.Tensor:
+    """Samples by the rows' parameters alone; fit for a CUDA graph. int32 [n].
+
+    logits [n, ...] are this rank's. Where there are others, a token does not see top-k, top-p and
+    min-p: those want all logits in one place.
+    """
+    if head.tp.size == 1:
+        return _sample(logits, params, positions)
+    keys = best_keys(logits, head.start, params[0].view(torch.float32), params[4], positions)
+    return tokens_of(head.tp.all_reduce(keys, largest=True), head.vocab_size)
+
+
+def _sample(logits: torch.Tensor, params: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     temperature, top_p, min_p = params[:3].view(torch.float32)
     return sample(logits, temperature, params[3], top_p, min_p, params[4], positions)
 

@@ -50,21 +50,22 @@ class Replies:
 
 def run_worker(args: ServerArgs, config: ModelConfig, addresses: Addresses, rank: int) -> None:
     """Serves until it is told to shut down. Rank 0 speaks for all."""
-    if config.device == "cpu":
-        torch.set_num_threads(max(len(os.sched_getaffinity(0)) // args.tp_size, 1))
+    device = torch.device(config.device, rank if config.device == "cuda" else None)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     else:
-        torch.cuda.set_device(rank)
+        torch.set_num_threads(max(len(os.sched_getaffinity(0)) // args.tp_size, 1))
     context = zmq.Context()
     inbox = bind_inbox(context, addresses.worker(rank))
     results = connect_outbox(context, addresses.results) if rank == 0 else None
     rendezvous = os.path.join(addresses.folder, "ranks")
-    tp = TensorParallel.join(rank, args.tp_size, rendezvous, torch.device(config.device))
+    tp = TensorParallel.join(rank, args.tp_size, rendezvous, device)
     runner = ModelRunner(args, config, tp)
     replies = None
     if results is not None:
         ready = WorkerReady(runner.kv_cache.num_slots, runner.rows.num_rows, runner.chunk_size)
         results.send(encode(ready))
-        if config.device != "cpu":
+        if device.type == "cuda":
             replies = Replies(context, addresses.results)
 
     start_heartbeat()
