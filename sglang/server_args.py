@@ -111,8 +111,9 @@ class ServerArgs:
     # Attention and cache
     attention_backend: str = _flag(
         "auto",
-        "auto: triton on a GPU, torch_native on a CPU",
-        choices=("auto", "triton", "torch_native"),
+        "auto: triton on a GPU, torch_native on a CPU; flashinfer: on a GPU, with the extra "
+        "[flashinfer]",
+        choices=("auto", "triton", "flashinfer", "torch_native"),
     )
     kv_cache_dtype: str = _flag(
         "auto",
@@ -124,11 +125,17 @@ class ServerArgs:
         None, "largest batch with a CUDA graph (default: max-running-requests)"
     )
     disable_radix_cache: bool = _flag(False, "forget every prefix when its request ends")
-    model_mode: list[str] = _flag([], "SGLang's older spelling of two flags", choices=("no-cache",))
+    model_mode: list[str] = _flag(
+        [],
+        "SGLang's older spelling of --disable-radix-cache and --attention-backend flashinfer",
+        choices=("no-cache", "flashinfer"),
+    )
 
     def __post_init__(self) -> None:
         if "no-cache" in self.model_mode:
             self.disable_radix_cache = True
+        if "flashinfer" in self.model_mode:
+            self.attention_backend = "flashinfer"
         if self.disable_overlap_schedule:
             self.overlap_depth = 1
         if self.random_seed is None:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from sglang.attention.base import AttentionBackend
 from sglang.worker.rows import RowState, StepArrays
 
 MAX_PREFILL_TOKENS = 9216
@@ -70,7 +71,9 @@ def decode_sizes(largest: int) -> list[int]:
 
 
 def prefill_sizes(largest: int) -> list[int]:
-    """Powers of two from 16 and half-way between them."""
+    """Powers of two from 16 and half-way between them; none if `largest` is 0."""
+    if largest == 0:
+        return []
     sizes = {s for i in range(4, 20) for s in (1 << i, 3 << (i - 1))}
     return [*sorted(s for s in sizes if s < largest), largest]
 
@@ -82,17 +85,20 @@ class StepGraphs:
         self,
         decode: Callable[[DecodeInputs], GraphOutputs],
         mixed: Callable[[MixedInputs], GraphOutputs],
+        attention: AttentionBackend,
         state: RowState,
         max_rows: int,
         max_tokens: int,
         show_progress: bool,
     ) -> None:
+        self._attention = attention
         self._state = state
         self._max_rows = max_rows
+        self._max_tokens = min(max_tokens, MAX_PREFILL_TOKENS) if attention.captures_prefill else 0
         self._decode_sizes = decode_sizes(max_rows)
-        self._prefill_sizes = prefill_sizes(min(max_tokens, MAX_PREFILL_TOKENS))
+        self._prefill_sizes = prefill_sizes(self._max_tokens)
         self._inputs = torch.zeros(
-            5 * max(max_rows, self._prefill_sizes[-1]) + 5 * max_rows + 1,
+            5 * max(max_rows, self._max_tokens) + 5 * max_rows + 1,
             dtype=torch.int32,
             device=state.slot_table.device,
         )
@@ -112,6 +118,7 @@ class StepGraphs:
                 progress.update()
             for size in self._decode_sizes[::-1]:
                 empty = self._decode_arrays(None, size)
+                attention.plan_decode(np.empty(0, dtype=np.int32), size)
                 self._decode_graphs[size] = self._capture(decode, DecodeInputs, empty)
                 progress.update()
 
@@ -136,7 +143,8 @@ class StepGraphs:
         if step.num_decode == num_rows:
             size = _at_least(self._decode_sizes, num_rows)
             arrays, graphs = self._decode_arrays(step, size), self._decode_graphs
-        elif num_tokens <= self._prefill_sizes[-1]:
+            self._attention.plan_decode(step.kv_lens, size)
+        elif num_tokens <= self._max_tokens:
             size = _at_least(self._prefill_sizes, num_tokens)
             arrays, graphs = self._mixed_arrays(step, size), self._mixed_graphs
         else:

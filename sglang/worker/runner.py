@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
-from sglang.attention import create_attention_backend
+from sglang.attention import AttentionShape, create_attention_backend
 from sglang.messages import RowSpec, StepPlan, StepResult, pack
 from sglang.model_config import ModelConfig
 from sglang.models.checkpoint import open_checkpoint
@@ -86,6 +86,11 @@ class ModelRunner:
         self.checks_ranks = args.check_ranks
         limits = Limits.of(args, self.device)
         dtype = kv_dtype(args.kv_cache_dtype, config.dtype, self.device)
+        self.attention = create_attention_backend(
+            args.attention_backend,
+            self.device,
+            AttentionShape.of(config, tp, dtype, limits.max_running_requests),
+        )
 
         # Weights
         self.model = build_model(
@@ -110,7 +115,6 @@ class ModelRunner:
         self.rows = RowState(num_rows, config.context_len, self.device)
         self.sampler = Sampler(num_rows, config.vocab_size, self.device, sharded=tp.size > 1)
         self.prompt_scorer = PromptScorer()
-        self.attention = create_attention_backend(args.attention_backend, self.device)
 
         # CUDA graphs
         self.graphs = None
@@ -118,6 +122,7 @@ class ModelRunner:
             self.graphs = StepGraphs(
                 self._decode,
                 self._mixed,
+                self.attention,
                 self.rows,
                 max_rows=min(args.cuda_graph_max_bs or num_rows, num_rows),
                 max_tokens=self.chunk_size + num_rows,

@@ -98,8 +98,9 @@ def test_steps_in_graphs_give_the_tokens_of_steps_without(engine, seed):
     runner = engine.runner
     expected = run(engine, workload(seed))
     runner.graphs = RunGraphs(
-        runner._decode, runner._mixed, runner.rows, max_rows=6, max_tokens=46, show_progress=False
-    )
+        runner._decode, runner._mixed, runner.attention, runner.rows,
+        max_rows=6, max_tokens=46, show_progress=False,
+    )  # fmt: skip
     try:
         assert run(engine, workload(seed)) == expected
     finally:
