@@ -114,6 +114,11 @@ def offline(model: str, machine: str | None, *flags: str) -> Callable[[Part, Pat
     return command("benchmarks/offline.py", *arguments)
 
 
+def parallel(part: str) -> Callable[[Part, Path], int]:
+    """On one GPU there is nothing to do."""
+    return command("benchmarks/tensor_parallel.py", part, "--json", "{json}")
+
+
 def parts(machine: str | None) -> list[Part]:
     """machine: whose reference figures to show beside ours."""
     about = (
@@ -133,6 +138,9 @@ def parts(machine: str | None) -> list[Part]:
         Part("llama2-7b", 400, offline("llama2-7b", machine)),
         Part("llama2-7b-awq", 400, offline("llama2-7b-awq", machine)),
         Part("serving", 240, serving("qwen3-0.6b", "--context-length", "4096")),
+        Part("tp-messages", 90, parallel("messages")),
+        Part("tp-tokens", 150, parallel("tokens")),
+        Part("tp-speed", 420, parallel("speed")),
         Part("policies", 120, command("benchmarks/policies.py", "--json", "{json}")),
     ]
 

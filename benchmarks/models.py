@@ -32,6 +32,13 @@ _LLAMA2_7B: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+_LLAMA2_13B: dict[str, Any] = _LLAMA2_7B | {
+    "hidden_size": 5120,
+    "intermediate_size": 13824,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 40,
+    "num_key_value_heads": 40,
+}
 _AWQ = {
     "quant_method": "awq",
     "bits": 4,
@@ -75,6 +82,7 @@ _SMOLLM2_135M: dict[str, Any] = _LLAMA2_7B | {
 CONFIGS = {
     "qwen3-0.6b": _QWEN3_06B,
     "llama2-7b": _LLAMA2_7B,
+    "llama2-13b": _LLAMA2_13B,
     "llama2-7b-awq": _LLAMA2_7B | {"quantization_config": _AWQ},
     "smollm2-135m": _SMOLLM2_135M,
 }

@@ -1,6 +1,6 @@
 """All-reduce of small tensors in one shot, over memory that the ranks' GPUs share.
 
-A ring passes a message on from rank to rank, and small messages take as long as all those hops. Here
+A ring passes a message on from rank to rank, and a small one takes as long as all those hops. Here
 every rank writes its tensor straight into every other's memory, raises a flag there, waits for the
 others' flags and sums up what has come: one hop, one kernel. All ranks sum in the order of ranks,
 so they get the same bits.

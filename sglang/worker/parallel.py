@@ -28,7 +28,7 @@ class TensorParallel:
     ) -> None:
         self.rank = rank
         self.size = size
-        self._symmetric = symmetric_memory
+        self.symmetric = symmetric_memory
 
     @classmethod
     def join(cls, rank: int, size: int, rendezvous: str, device: torch.device) -> TensorParallel:
@@ -52,8 +52,8 @@ class TensorParallel:
         """In place: the sum over ranks, or the largest, element by element."""
         if self.size == 1:
             return x
-        if self._symmetric is not None and self._symmetric.takes(x):
-            return self._symmetric.all_reduce(x, largest)
+        if self.symmetric is not None and self.symmetric.is_quick(x):
+            return self.symmetric.all_reduce(x, largest)
         dist.all_reduce(x, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM)
         return x
 

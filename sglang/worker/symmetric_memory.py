@@ -55,11 +55,15 @@ class SymmetricMemory:
         torch.cuda.synchronize(device)
         return cls(rank, tuple(address + offset for address in handle.buffer_ptrs), memory)
 
-    def takes(self, x: torch.Tensor) -> bool:
+    def is_quick(self, x: torch.Tensor) -> bool:
         """Whether `all_reduce` can have x and is the quicker way."""
-        return x.nbytes <= self._max_bytes and one_shot.takes(x)
+        return x.nbytes <= self._max_bytes and self.holds(x)
 
-    def all_reduce(self, x: torch.Tensor, largest: bool) -> torch.Tensor:
+    def holds(self, x: torch.Tensor) -> bool:
+        """Whether `all_reduce` can have x."""
+        return one_shot.takes(x)
+
+    def all_reduce(self, x: torch.Tensor, largest: bool = False) -> torch.Tensor:
         """In place: the sum over ranks, or the largest."""
         return one_shot.all_reduce_triton(
             x, self._addresses, self._launches, self._rank, largest
