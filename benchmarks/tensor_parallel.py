@@ -214,23 +214,26 @@ def tokens(ranks: int, device: str, count: int) -> int:
 
 def speed(ranks: int, models: list[str], extra: list[str]) -> dict[str, Any]:
     """Models on one rank run side by side, each on a GPU of its own."""
-    figures: dict[str, Any] = {}
+    figures: dict[str, dict[str, list[float]]] = {}
+    rounds = [[(model, 1, gpu) for gpu, model in enumerate(models)]]
+    rounds += [[(model, ranks, None)] for model in models]
     with tempfile.TemporaryDirectory() as folder:
-        alone = [(model, 1, i) for i, model in enumerate(models)]
-        rounds = [alone, *([(model, ranks, None)] for model in models)]
         for runs in rounds:
             processes = [_offline(model, tp, gpu, folder, extra) for model, tp, gpu in runs]
-            for process in processes:
+            for (model, tp, _), process in zip(runs, processes, strict=True):
                 process.wait()
-            for model, tp, _ in runs:
                 path = Path(folder, f"{model}-{tp}.json")
-                figures[f"{model} tp {tp}"] = json.loads(path.read_text())["runs"]
-    for model in models:
-        one, many = figures[f"{model} tp 1"], figures[f"{model} tp {ranks}"]
-        for name in one:
-            a, b = one[name][-1], many[name][-1]
-            print(f"{model} {name}: {a:.4g} on 1 rank, {b:.4g} on {ranks}: {b / a:.2f}x")
+                if path.exists():
+                    figures[f"{model} tp {tp}"] = json.loads(path.read_text())["runs"]
+                if (one := figures.get(f"{model} tp 1")) and tp > 1 and path.exists():
+                    _compare(model, one, figures[f"{model} tp {tp}"])
     return figures
+
+
+def _compare(model: str, one: dict[str, list[float]], many: dict[str, list[float]]) -> None:
+    for name in one.keys() & many.keys():
+        a, b = one[name][-1], many[name][-1]
+        print(f"{model} {name}: {a:,.4g} on 1 rank, {b:,.4g} on several: {b / a:.2f}x", flush=True)
 
 
 def _offline(
