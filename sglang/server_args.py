@@ -52,6 +52,9 @@ class ServerArgs:
     )
     trust_remote_code: bool = _flag(False, "let a checkpoint's own tokenizer code run")
     tp_size: int = _flag(1, "tensor-parallel ranks", "--tp", "--tensor-parallel-size")
+    disable_custom_all_reduce: bool = _flag(
+        False, "ranks exchange small tensors through NCCL too, not over symmetric memory"
+    )
     check_ranks: bool = _flag(False, "compare the ranks' tokens at every step, for debugging")
 
     # HTTP

@@ -31,7 +31,14 @@ class TensorParallel:
         self.symmetric = symmetric_memory
 
     @classmethod
-    def join(cls, rank: int, size: int, rendezvous: str, device: torch.device) -> TensorParallel:
+    def join(
+        cls,
+        rank: int,
+        size: int,
+        rendezvous: str,
+        device: torch.device,
+        custom_all_reduce: bool = True,
+    ) -> TensorParallel:
         """Waits for all ranks. `rendezvous` is a file in the server's private folder: two servers
         on one host never meet. On GPUs, device is this process's own."""
         if size == 1:
@@ -46,7 +53,9 @@ class TensorParallel:
             world_size=size,
             device_id=device if on_gpu else None,
         )
-        return cls(rank, size, SymmetricMemory.open(rank, size, device) if on_gpu else None)
+        if on_gpu and custom_all_reduce:
+            return cls(rank, size, SymmetricMemory.open(rank, size, device))
+        return cls(rank, size)
 
     def all_reduce(self, x: torch.Tensor, largest: bool = False) -> torch.Tensor:
         """In place: the sum over ranks, or the largest, element by element."""

@@ -59,7 +59,8 @@ def run_worker(args: ServerArgs, config: ModelConfig, addresses: Addresses, rank
     inbox = bind_inbox(context, addresses.worker(rank))
     results = connect_outbox(context, addresses.results) if rank == 0 else None
     rendezvous = os.path.join(addresses.folder, "ranks")
-    tp = TensorParallel.join(rank, args.tp_size, rendezvous, device)
+    custom = not args.disable_custom_all_reduce
+    tp = TensorParallel.join(rank, args.tp_size, rendezvous, device, custom)
     runner = ModelRunner(args, config, tp)
     replies = None
     if results is not None:
