@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import transformers
 
-from sglang.attention import create_attention_backend
+from sglang.attention.torch_native import TorchNativeAttention
 from sglang.model_config import ModelConfig
 from sglang.models.checkpoint import open_checkpoint
 from sglang.models.registry import build_model
@@ -62,7 +62,7 @@ class Session:
 
     def __init__(self, model: torch.nn.Module, num_rows: int = 4, num_slots: int = 512) -> None:
         self.model = model
-        self.attention = create_attention_backend("torch_native", CPU)
+        self.attention = TorchNativeAttention()
         self.pool = KVPool(
             num_slots, model.num_layers, model.num_kv_heads_per_rank, model.head_dim,
             getattr(torch, model.config.dtype), CPU,
