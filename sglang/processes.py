@@ -41,6 +41,9 @@ if TYPE_CHECKING:
 HEARTBEAT_SECONDS = 1.0
 SILENCE_SECONDS = 7.0
 """A process that has begun to beat and then is silent for so long hangs."""
+CAUSE_SECONDS = 0.2
+"""One rank's death soon fails the others, which wait for it: the cause is sought among all that end
+within this time."""
 TERMINATE_SECONDS = 2.0
 """After SIGTERM a child has so long before SIGKILL."""
 _BOOT = "from sglang.processes import child_main; child_main()"
@@ -76,8 +79,8 @@ class Death:
 
 
 class Supervisor:
-    """Starts the children and calls `on_death`, on its own thread, when the first of them ends
-    before `stop()`; by then the others have been killed."""
+    """Starts the children and calls `on_death`, on its own thread, when one of them ends before
+    `stop()`; by then the others have been killed."""
 
     def __init__(
         self, children: list[Child], on_death: Callable[[Death], None], log_level: str = "info"
@@ -146,15 +149,12 @@ class Supervisor:
                 # Stopped itself (Ctrl-Z), the supervisor was the one who did not listen.
                 was_away = time.monotonic() - last_turn > SILENCE_SECONDS / 2
                 last_turn = time.monotonic()
-                for key, _ in events:
-                    watched = key.data
-                    if watched.read(key.fd):
-                        continue
-                    selector.unregister(key.fileobj)
-                    os.close(key.fd)
-                    watched.process.wait()
-                    code, report = watched.process.returncode, watched.report
-                    self._died(_death(watched.child, code, report))
+                ended = _ended(selector, events)
+                if ended and not self._stopping.is_set():
+                    deadline = time.monotonic() + CAUSE_SECONDS
+                    while (left := deadline - time.monotonic()) > 0:
+                        ended += _ended(selector, selector.select(left))
+                    self._died(min(ended, key=_Watched.precedence).death())
                 for key in list(selector.get_map().values()):
                     if was_away:
                         key.data.excuse()
@@ -188,8 +188,21 @@ class Supervisor:
         return process, read_end
 
 
+def _ended(selector: selectors.BaseSelector, events: list) -> list[_Watched]:
+    """Reads what has come; returns the children whose pipes are closed."""
+    ended = []
+    for key, _ in events:
+        watched = key.data
+        if not watched.read(key.fd):
+            selector.unregister(key.fileobj)
+            os.close(key.fd)
+            watched.process.wait()
+            ended.append(watched)
+    return ended
+
+
 class _Watched:
-    """A running child, and what came through its pipe."""
+    """A child, and what came through its pipe."""
 
     def __init__(self, child: Child, process: subprocess.Popen) -> None:
         self.child = child
@@ -212,14 +225,21 @@ class _Watched:
     def is_silent(self) -> bool:
         return time.monotonic() - self._last_beat > SILENCE_SECONDS
 
+    # Once it has ended:
 
-def _death(child: Child, code: int, report: bytes) -> Death:
-    if report:
-        cause, trace, plain = pickle.loads(report)
-        return Death(f"{child.name}: {cause}", trace, plain)
-    if code < 0:
-        return Death(f"{child.name} was killed by signal {-code} ({signal.Signals(-code).name})")
-    return Death(f"{child.name} ended unexpectedly with exit code {code}")
+    def precedence(self) -> float:
+        """Of several that have ended, the cause is that with the least: one that could not say why
+        comes before those that could, the first of these before the others."""
+        return pickle.loads(self.report)[0] if self.report else 0.0
+
+    def death(self) -> Death:
+        name, code = self.child.name, self.process.returncode
+        if self.report:
+            _, cause, trace, plain = pickle.loads(self.report)
+            return Death(f"{name}: {cause}", trace, plain)
+        if code < 0:
+            return Death(f"{name} was killed by signal {-code} ({signal.Signals(-code).name})")
+        return Death(f"{name} ended unexpectedly with exit code {code}")
 
 
 # --- in the child --------------------------------------------------------------------------------
@@ -245,8 +265,9 @@ def child_main() -> None:
     except BaseException as error:
         if isinstance(error, SystemExit) and not error.code:
             return
+        report = (time.monotonic(), *_describe(error))
         with open(report_fd, "wb") as pipe:
-            pickle.dump(_describe(error), pipe)
+            pickle.dump(report, pipe)
         os._exit(1)  # not waiting for threads or sockets that a failure may have left stuck
 
 

@@ -20,6 +20,11 @@ def fail_by_mistake() -> None:
     _ = [][0]
 
 
+def fail_at(when: float, message: str) -> None:
+    time.sleep(max(when - time.monotonic(), 0.0))
+    raise ValueError(message)
+
+
 def leave() -> None:
     sys.exit(3)
 

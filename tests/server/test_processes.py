@@ -58,6 +58,20 @@ def test_a_killed_child_takes_the_others_along_and_is_named_with_its_signal(supe
     assert deaths.empty(), "only the first death is the cause"
 
 
+def test_of_deaths_at_about_the_same_time_the_cause_is_the_one_that_was_killed(
+    supervise, monkeypatch
+):
+    monkeypatch.setattr("sglang.processes.CAUSE_SECONDS", 2.0)
+    fails_at = time.monotonic() + 1.0
+    supervisor, deaths = supervise(
+        ("fail_at", fails_at, "the other rank is gone"), ("sleep_for_ever",)
+    )
+    time.sleep(max(fails_at + 0.3 - time.monotonic(), 0.0))
+    os.kill(supervisor.pids()["child 1"], signal.SIGKILL)
+    assert deaths.get(timeout=10).message == "child 1 was killed by signal 9 (SIGKILL)"
+    assert deaths.empty()
+
+
 def test_an_exception_is_reported_in_one_line_with_its_traceback(supervise):
     supervisor, deaths = supervise(("fail", "the file\nis empty"), ("sleep_for_ever",))
     death = deaths.get(timeout=10)
