@@ -22,9 +22,13 @@ IDLE_POLL_MS = 1000
 
 class Replies:
     """The reply thread: waits for each step's tokens and sends them, while the launch thread is
-    already at the next step. A socket belongs to one thread, so it is made there."""
+    already at the next step. A socket belongs to one thread, so it is made there.
 
-    def __init__(self, context: zmq.Context, address: str) -> None:
+    A rank that says nothing waits too: it would not notice otherwise what went wrong on its GPU,
+    and the others would wait for it for ever."""
+
+    def __init__(self, context: zmq.Context, address: str | None) -> None:
+        """address: None on the ranks that say nothing."""
         self._steps: SimpleQueue[PendingStep] = SimpleQueue()
         self._failure: BaseException | None = None
         args = (context, address)
@@ -39,11 +43,13 @@ class Replies:
         if self._failure is not None:
             raise self._failure
 
-    def _run(self, context: zmq.Context, address: str) -> None:
+    def _run(self, context: zmq.Context, address: str | None) -> None:
         try:
-            socket = connect_outbox(context, address)
+            socket = None if address is None else connect_outbox(context, address)
             while True:
-                socket.send(encode(self._steps.get().wait()))
+                result = self._steps.get().wait()
+                if socket is not None:
+                    socket.send(encode(result))
         except BaseException as failure:
             self._failure = failure
 
@@ -63,11 +69,11 @@ def run_worker(args: ServerArgs, config: ModelConfig, addresses: Addresses, rank
     tp = TensorParallel.join(rank, args.tp_size, rendezvous, device, custom)
     runner = ModelRunner(args, config, tp)
     replies = None
+    if device.type == "cuda":
+        replies = Replies(context, addresses.results if rank == 0 else None)
     if results is not None:
         ready = WorkerReady(runner.kv_cache.num_slots, runner.rows.num_rows, runner.chunk_size)
         results.send(encode(ready))
-        if device.type == "cuda":
-            replies = Replies(context, addresses.results)
 
     start_heartbeat()
     decoder = Decoder(ToWorker)
