@@ -27,11 +27,11 @@ class Replies:
     A rank that says nothing waits too: it would not notice otherwise what went wrong on its GPU,
     and the others would wait for it for ever."""
 
-    def __init__(self, context: zmq.Context, address: str | None) -> None:
+    def __init__(self, device: torch.device, context: zmq.Context, address: str | None) -> None:
         """address: None on the ranks that say nothing."""
         self._steps: SimpleQueue[PendingStep] = SimpleQueue()
         self._failure: BaseException | None = None
-        args = (context, address)
+        args = (device, context, address)
         self._thread = threading.Thread(target=self._run, args=args, name="reply", daemon=True)
         self._thread.start()
 
@@ -43,8 +43,9 @@ class Replies:
         if self._failure is not None:
             raise self._failure
 
-    def _run(self, context: zmq.Context, address: str | None) -> None:
+    def _run(self, device: torch.device, context: zmq.Context, address: str | None) -> None:
         try:
+            torch.cuda.set_device(device)  # of this thread: it would be the first GPU
             socket = None if address is None else connect_outbox(context, address)
             while True:
                 result = self._steps.get().wait()
@@ -70,7 +71,7 @@ def run_worker(args: ServerArgs, config: ModelConfig, addresses: Addresses, rank
     runner = ModelRunner(args, config, tp)
     replies = None
     if device.type == "cuda":
-        replies = Replies(context, addresses.results if rank == 0 else None)
+        replies = Replies(device, context, addresses.results if rank == 0 else None)
     if results is not None:
         ready = WorkerReady(runner.kv_cache.num_slots, runner.rows.num_rows, runner.chunk_size)
         results.send(encode(ready))
