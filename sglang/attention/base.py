@@ -62,14 +62,17 @@ class AttentionBackend(ABC):
     def forward(
         self,
         q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
         batch: Batch,
         scale: float,
         window: int = 0,
     ) -> torch.Tensor:
-        """q [T, Hq, D], one layer's caches [S, Hkv, D] -> [T, Hq D], in q's dtype.
+        """q [T, Hq, D] and the same tokens' k, v [T, Hkv, D], with their heads contiguous, and one
+        layer's caches [S, Hkv, D], where k and v have been put already -> [T, Hq D], in q's dtype.
 
-        The new tokens' K and V are in the caches. A token sees the tokens of its row up to itself,
-        the last `window` of them if window is not 0. Rows of padding give anything finite.
+        A token sees the tokens of its row up to itself, the last `window` of them if window is not
+        0. Rows of padding give anything.
         """

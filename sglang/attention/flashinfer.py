@@ -88,6 +88,8 @@ class FlashInferAttention(AttentionBackend):
     def forward(
         self,
         q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
         batch: Batch,
@@ -96,6 +98,7 @@ class FlashInferAttention(AttentionBackend):
     ) -> torch.Tensor:
         d, layers = batch.num_decode, self._layers[window]
         pages = (k_cache[:, None], v_cache[:, None])  # [S, 1, Hkv, D]
+        q = q.contiguous()
         out = torch.empty_like(q)
         if d > 0:
             layers.decode.run(q[:d], pages, out=out[:d])

@@ -31,6 +31,8 @@ class TorchNativeAttention(AttentionBackend):
     def forward(
         self,
         q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
         batch: Batch,

@@ -17,6 +17,9 @@ import triton.language as tl
 
 from sglang.kernels.launch import counters, launch_next, pdl, wait_for_previous
 
+MAX_PROGRAMS = 4096
+"""Of a launch: enough to keep every SM busy until the last of them ends."""
+
 
 def decode_attention(
     q: torch.Tensor,
@@ -36,7 +39,8 @@ def decode_attention(
                 head h // (Hq / Hkv)
     slot_table  int32 [R + 1, max_len]: row and token position -> slot of the cache
     rows        int32 [n]
-    kv_lens     int32 [n], tokens of the row, the new one included; 0 (padding) gives zeros
+    kv_lens     int32 [n], tokens of the row, the new one included; 0: the row is left out, and its
+                part of `out` stays as it was
     window      only the last `window` tokens are seen; 0: all
     out         [n, Hq, D] contiguous, where the result goes
     """
@@ -55,7 +59,7 @@ def decode_attention_naive(
     window: int = 0,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    out = torch.zeros_like(q) if out is None else out.zero_()
+    out = torch.zeros_like(q) if out is None else out
     group = q.shape[1] // k_cache.shape[1]
     for i, (row, kv_len) in enumerate(zip(rows.tolist(), kv_lens.tolist(), strict=True)):
         if kv_len == 0:
@@ -108,9 +112,28 @@ def decode_config(
     )
 
 
+@triton.jit
+def _load_tile(base, offset, seen, half, a, b, D: tl.constexpr, PAIRS: tl.constexpr):
+    """(columns a, columns b) of a tile of K or V, [BLOCK_N, BLOCK_D / 2] each. PAIRS: the cache has
+    8-bit floats, and its elements are two of them: a is the even columns, b the odd ones."""
+    if PAIRS:
+        mask = seen[:, None] & (half[None, :] < D // 2)
+        both = tl.load(base + offset + half[None, :], mask=mask, other=0)
+        even = (both & 0xFF).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float16)
+        odd = ((both >> 8) & 0xFF).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float16)
+        return even, odd
+    else:
+        mask_a = seen[:, None] & (a[None, :] < D)
+        mask_b = seen[:, None] & (b[None, :] < D)
+        return (
+            tl.load(base + offset + a[None, :], mask=mask_a, other=0.0),
+            tl.load(base + offset + b[None, :], mask=mask_b, other=0.0),
+        )
+
+
 # What varies from step to step, alignment included, must not compile a kernel anew.
 @triton.jit(
-    do_not_specialize=["split_tokens"],
+    do_not_specialize=["num_rows", "split_tokens"],
     do_not_specialize_on_alignment=["rows_ptr", "lens_ptr"],
 )
 def _decode_kernel(
@@ -128,6 +151,7 @@ def _decode_kernel(
     kv_stride,  # of a slot, in both caches
     table_stride,
     scale_log2,
+    num_rows,
     split_tokens,
     WINDOW: tl.constexpr,
     HQ: tl.constexpr,
@@ -137,90 +161,111 @@ def _decode_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
+    ROWS_PADDED: tl.constexpr,
+    PAIRS: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    """A program has one split of every num_programs-th row: the grid must do for the longest rows,
+    and programs without work cost time.
+
+    A head's elements are in two parts, a and b, that are multiplied apart. Of a 16-bit cache that
+    is its first half and the rest. An 8-bit cache is read as pairs, of which a is the first: so the
+    tiles are of 16-bit elements, which load into the layout of the tensor cores as they are.
+    """
     launch_next(PDL)
     wait_for_previous(PDL)
     HEAD_BLOCKS: tl.constexpr = (GROUP + BLOCK_H - 1) // BLOCK_H
     kv_head = tl.program_id(0) // HEAD_BLOCKS
-    i = tl.program_id(1).to(tl.int64)
-    split = tl.program_id(2)
-    kv_len = tl.load(lens_ptr + i)
-    first = 0
-    if WINDOW > 0:
-        first = tl.maximum(kv_len - WINDOW, 0)
-    # Tokens of a split, a multiple of BLOCK_N.
-    size = tl.maximum(tl.cdiv(kv_len - first, MAX_SPLITS * BLOCK_N) * BLOCK_N, split_tokens)
-    splits = tl.maximum(tl.cdiv(kv_len - first, size), 1)
-    if split >= splits:
-        return
-    start = first + split * size
-    end = tl.minimum(start + size, kv_len)
-
-    in_group = (tl.program_id(0) % HEAD_BLOCKS) * BLOCK_H + tl.arange(0, BLOCK_H)
-    head = kv_head * GROUP + in_group
-    d = tl.arange(0, BLOCK_D)
-    n = tl.arange(0, BLOCK_N)
-    q_mask = (in_group[:, None] < GROUP) & (d[None, :] < D)
-    q = tl.load(q_ptr + i * q_stride + head[:, None] * D + d[None, :], mask=q_mask, other=0.0)
-    table = table_ptr + tl.load(rows_ptr + i).to(tl.int64) * table_stride
-    k_base = k_ptr + kv_head * D + d[None, :]
-    v_base = v_ptr + kv_head * D + d[None, :]
-
-    most = tl.full([BLOCK_H], -float("inf"), tl.float32)
-    total = tl.zeros([BLOCK_H], tl.float32)
-    acc = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
-    # The index tile is loaded one turn ahead: a gather through an index of its own turn would keep
-    # a single tile in flight whatever num_stages says.
-    slots = tl.load(table + start + n, mask=start + n < end, other=0)
-    for at in tl.range(start, end, BLOCK_N):
-        seen = at + n < end
-        mask = seen[:, None] & (d[None, :] < D)
-        offset = (slots.to(tl.int64) * kv_stride)[:, None]
-        k = tl.load(k_base + offset, mask=mask, other=0.0)  # [BLOCK_N, BLOCK_D]
-        v = tl.load(v_base + offset, mask=mask, other=0.0)
-        ahead = at + BLOCK_N + n
-        slots = tl.load(table + ahead, mask=ahead < end, other=0)
-        scores = tl.dot(q, tl.trans(k.to(q.dtype))) * scale_log2
-        scores = tl.where(seen[None, :], scores, -float("inf"))
-        new_most = tl.maximum(most, tl.max(scores, 1))
-        weights = tl.exp2(scores - new_most[:, None])
-        shrink = tl.exp2(most - new_most)
-        total = total * shrink + tl.sum(weights, 1)
-        acc = acc * shrink[:, None] + tl.dot(weights.to(q.dtype), v.to(q.dtype))
-        most = new_most
-
-    # A row of padding has no token at all, and gets zeros.
-    acc = acc / tl.where(total > 0, total, 1.0)[:, None]
-    dtype = out_ptr.dtype.element_ty
-    if splits == 1:
-        out_at = out_ptr + (i * HQ + head)[:, None] * D + d[None, :]
-        tl.store(out_at, acc.to(dtype), mask=q_mask)
-        return
-
-    at_split = (i * HQ + head) * MAX_SPLITS + split
-    tl.store(partial_ptr + at_split[:, None] * D + d[None, :], acc, mask=q_mask)
-    tl.store(lse_ptr + at_split, most + tl.log2(total), mask=in_group < GROUP)
-    tl.debug_barrier()  # the stores of all threads come before the count
-    ended_at = ended_ptr + i * tl.num_programs(0) + tl.program_id(0)
-    if tl.atomic_add(ended_at, 1, sem="acq_rel") < splits - 1:
-        return
-    tl.store(ended_at, 0)
-
-    s = tl.arange(0, MAX_SPLITS)
-    used = s < splits
     first_head = (tl.program_id(0) % HEAD_BLOCKS) * BLOCK_H
-    for h in range(first_head, tl.minimum(first_head + BLOCK_H, GROUP)):
-        at_head = i * HQ + kv_head * GROUP + h
-        # Past the L1, which other SMs' stores do not reach.
-        lse_at = lse_ptr + at_head * MAX_SPLITS + s
-        lse = tl.load(lse_at, mask=used, other=-1.0e30, cache_modifier=".cg")
-        tile = partial_ptr + (at_head * MAX_SPLITS + s[:, None]) * D + d[None, :]
-        partial_mask = used[:, None] & (d[None, :] < D)
-        partial = tl.load(tile, mask=partial_mask, other=0.0, cache_modifier=".cg")
-        share = tl.exp2(lse - tl.max(lse, 0))
-        out = tl.sum(share[:, None] * partial, 0) / tl.sum(share, 0)
-        tl.store(out_ptr + at_head * D + d, out.to(dtype), mask=d < D)
+    split = tl.program_id(2)
+    in_group = first_head + tl.arange(0, BLOCK_H)
+    head = kv_head * GROUP + in_group
+    half = tl.arange(0, BLOCK_D // 2)
+    a = 2 * half if PAIRS else half
+    b = a + 1 if PAIRS else half + BLOCK_D // 2
+    in_a = (in_group[:, None] < GROUP) & (a[None, :] < D)
+    in_b = (in_group[:, None] < GROUP) & (b[None, :] < D)
+    n = tl.arange(0, BLOCK_N)
+    k_base = k_ptr + kv_head * (D // 2 if PAIRS else D)
+    v_base = v_ptr + kv_head * (D // 2 if PAIRS else D)
+    dtype = out_ptr.dtype.element_ty
+    tile_dtype: tl.constexpr = tl.float16 if PAIRS else dtype
+
+    r = tl.arange(0, ROWS_PADDED)
+    lens = tl.load(lens_ptr + r, mask=r < num_rows, other=0)
+    last_row = tl.max(tl.where(lens > 0, r, -1), 0)
+    for i in tl.range(tl.program_id(1), last_row + 1, tl.num_programs(1)):
+        kv_len = tl.load(lens_ptr + i)
+        first = 0
+        if WINDOW > 0:
+            first = tl.maximum(kv_len - WINDOW, 0)
+        # Tokens of a split, a multiple of BLOCK_N.
+        size = tl.maximum(tl.cdiv(kv_len - first, MAX_SPLITS * BLOCK_N) * BLOCK_N, split_tokens)
+        splits = tl.cdiv(kv_len - first, size)
+        if split < splits:
+            start = first + split * size
+            end = tl.minimum(start + size, kv_len)
+            at_row = tl.full([], i, tl.int64)
+            q_at = q_ptr + at_row * q_stride + head[:, None] * D
+            q_a = tl.load(q_at + a[None, :], mask=in_a, other=0.0).to(tile_dtype)
+            q_b = tl.load(q_at + b[None, :], mask=in_b, other=0.0).to(tile_dtype)
+            table = table_ptr + tl.load(rows_ptr + i).to(tl.int64) * table_stride
+
+            most = tl.full([BLOCK_H], -float("inf"), tl.float32)
+            total = tl.zeros([BLOCK_H], tl.float32)
+            acc_a = tl.zeros([BLOCK_H, BLOCK_D // 2], tl.float32)
+            acc_b = acc_a
+            # The index tile is loaded one turn ahead: a gather through an index of its own turn
+            # would keep a single tile in flight whatever num_stages says.
+            slots = tl.load(table + start + n, mask=start + n < end, other=0)
+            for at in tl.range(start, end, BLOCK_N):
+                seen = at + n < end
+                offset = (slots.to(tl.int64) * kv_stride)[:, None]
+                k_a, k_b = _load_tile(k_base, offset, seen, half, a, b, D, PAIRS)
+                v_a, v_b = _load_tile(v_base, offset, seen, half, a, b, D, PAIRS)
+                ahead = at + BLOCK_N + n
+                slots = tl.load(table + ahead, mask=ahead < end, other=0)
+                scores = tl.dot(q_b, tl.trans(k_b), tl.dot(q_a, tl.trans(k_a))) * scale_log2
+                scores = tl.where(seen[None, :], scores, -float("inf"))
+                new_most = tl.maximum(most, tl.max(scores, 1))
+                weights = tl.exp2(scores - new_most[:, None])
+                shrink = tl.exp2(most - new_most)
+                total = total * shrink + tl.sum(weights, 1)
+                acc_a = tl.dot(weights.to(tile_dtype), v_a, acc_a * shrink[:, None])
+                acc_b = tl.dot(weights.to(tile_dtype), v_b, acc_b * shrink[:, None])
+                most = new_most
+
+            acc_a = acc_a / total[:, None]
+            acc_b = acc_b / total[:, None]
+            at_heads = at_row * HQ + head
+            if splits == 1:
+                out_at = out_ptr + at_heads[:, None] * D
+                tl.store(out_at + a[None, :], acc_a.to(dtype), mask=in_a)
+                tl.store(out_at + b[None, :], acc_b.to(dtype), mask=in_b)
+            elif MAX_SPLITS > 1:
+                at_split = at_heads * MAX_SPLITS + split
+                partial_at = partial_ptr + at_split[:, None] * D
+                tl.store(partial_at + a[None, :], acc_a, mask=in_a)
+                tl.store(partial_at + b[None, :], acc_b, mask=in_b)
+                tl.store(lse_ptr + at_split, most + tl.log2(total), mask=in_group < GROUP)
+                tl.debug_barrier()  # the stores of all threads come before the count
+                ended_at = ended_ptr + i * tl.num_programs(0) + tl.program_id(0)
+                if tl.atomic_add(ended_at, 1, sem="acq_rel") == splits - 1:
+                    tl.store(ended_at, 0)
+                    d = tl.arange(0, BLOCK_D)
+                    s = tl.arange(0, MAX_SPLITS)
+                    used = s < splits
+                    for h in range(first_head, tl.minimum(first_head + BLOCK_H, GROUP)):
+                        at_head = at_row * HQ + kv_head * GROUP + h
+                        # Past the L1, which other SMs' stores do not reach.
+                        lse_at = lse_ptr + at_head * MAX_SPLITS + s
+                        lse = tl.load(lse_at, mask=used, other=-1.0e30, cache_modifier=".cg")
+                        tile = partial_ptr + (at_head * MAX_SPLITS + s[:, None]) * D + d[None, :]
+                        tile_mask = used[:, None] & (d[None, :] < D)
+                        part = tl.load(tile, mask=tile_mask, other=0.0, cache_modifier=".cg")
+                        share = tl.exp2(lse - tl.max(lse, 0))
+                        out = tl.sum(share[:, None] * part, 0) / tl.sum(share, 0)
+                        tl.store(out_ptr + at_head * D + d, out.to(dtype), mask=d < D)
 
 
 def decode_attention_triton(
@@ -250,11 +295,15 @@ def decode_attention_triton(
     partial = torch.empty(num_rows, num_q_heads, config.max_splits, dim, **f32)
     lse = torch.empty(num_rows, num_q_heads, config.max_splits, **f32)
     ended = counters(q.device, num_rows * heads)
+    pairs = k_cache.dtype.itemsize == 1
+    if pairs:
+        k_cache, v_cache = k_cache.view(torch.int16), v_cache.view(torch.int16)
+    programs = min(num_rows, triton.cdiv(MAX_PROGRAMS, heads * config.max_splits))
     # Heads first: programs side by side then read neighbouring parts of the same slots.
-    _decode_kernel[(heads, num_rows, config.max_splits)](
+    _decode_kernel[(heads, programs, config.max_splits)](
         q, k_cache, v_cache, slot_table, rows, kv_lens, partial, lse, ended, out,
         q.stride(0), k_cache.stride(0), slot_table.stride(0),
-        scale * math.log2(math.e), config.split_tokens,
+        scale * math.log2(math.e), num_rows, config.split_tokens,
         WINDOW=window,
         HQ=num_q_heads,
         GROUP=group,
@@ -263,6 +312,8 @@ def decode_attention_triton(
         BLOCK_D=triton.next_power_of_2(dim),
         BLOCK_N=config.block_n,
         MAX_SPLITS=config.max_splits,
+        ROWS_PADDED=triton.next_power_of_2(num_rows),
+        PAIRS=pairs,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         **pdl(q.device),

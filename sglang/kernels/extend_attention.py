@@ -1,6 +1,8 @@
 """Causal attention of a row's new tokens over its cached prefix and themselves.
 
-FlashAttention-2 (Dao, 2023) with K and V gathered through the slot table.
+FlashAttention-2 (Dao, 2023). The prefix' K and V are gathered through the slot table. Those of the
+new tokens lie in a row, as the QKV projection left them: the copy engine (TMA) loads their tiles,
+with no pointers to compute, and an 8-bit cache has not rounded them.
 """
 
 from __future__ import annotations
@@ -12,11 +14,15 @@ import torch
 import triton
 import triton.language as tl
 
-from sglang.kernels.launch import counters
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from sglang.kernels.launch import counters, launch_next, pdl, wait_for_previous
 
 
 def extend_attention(
     q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     slot_table: torch.Tensor,
@@ -31,24 +37,28 @@ def extend_attention(
     """softmax(scale q K^T + causal mask) V -> [T, Hq, D], in q's dtype.
 
     q           [T, Hq, D], the new tokens of m rows, one row after the other
-    k_cache, v_cache  [S, Hkv, D], of q's dtype or float8_e4m3fn; the new tokens' K and V
-                are there
+    k, v        [T, Hkv, D], theirs; a token's heads are contiguous, in q as well
+    k_cache, v_cache  [S, Hkv, D], of q's dtype or float8_e4m3fn: of the tokens before them
     slot_table  int32 [R + 1, max_len]: row and token position -> slot of the cache
     rows        int32 [m]
     q_starts    int32 [m + 1], where in q each row begins; the last one is where the last row ends
-    kv_lens     int32 [m], cached and new tokens of the row: its last query is the last of them
+    kv_lens     int32 [m], cached and new tokens of the row: its last query is the last of them; 0:
+                the row is left out, and its part of `out` stays as it was
     window      a token sees only itself and the window - 1 before it; 0: all before it
     max_q_len   an upper bound of the rows' new tokens, known on the host
     out         [T, Hq, D] contiguous, where the result goes
     """
     run = extend_attention_triton if q.is_cuda else extend_attention_naive
     return run(
-        q, k_cache, v_cache, slot_table, rows, q_starts, kv_lens, scale, window, max_q_len, out=out
+        q, k, v, k_cache, v_cache, slot_table, rows, q_starts, kv_lens, scale, window, max_q_len,
+        out=out,
     )  # fmt: skip
 
 
 def extend_attention_naive(
     q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     slot_table: torch.Tensor,
@@ -60,25 +70,26 @@ def extend_attention_naive(
     max_q_len: int,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    out = torch.zeros_like(q) if out is None else out.zero_()
-    group = q.shape[1] // k_cache.shape[1]
+    out = torch.zeros_like(q) if out is None else out
+    group = q.shape[1] // k.shape[1]
     starts = q_starts.tolist()
     for i, (row, kv_len) in enumerate(zip(rows.tolist(), kv_lens.tolist(), strict=True)):
         new = slice(starts[i], starts[i + 1])
         q_len = new.stop - new.start
         if q_len == 0 or kv_len == 0:
             continue
-        slots = slot_table[row, :kv_len]
-        k = k_cache[slots].float().repeat_interleave(group, 1)  # [L, Hq, D]
-        v = v_cache[slots].float().repeat_interleave(group, 1)
+        slots = slot_table[row, : kv_len - q_len]
+        keys = torch.cat((k_cache[slots].to(k.dtype), k[new])).float()  # [L, Hkv, D]
+        values = torch.cat((v_cache[slots].to(v.dtype), v[new])).float()
+        keys, values = (x.repeat_interleave(group, 1) for x in (keys, values))  # [L, Hq, D]
         query_at = torch.arange(kv_len - q_len, kv_len, device=q.device)[:, None]
         key_at = torch.arange(kv_len, device=q.device)[None, :]
         hidden = key_at > query_at
         if window:
             hidden |= key_at <= query_at - window
-        scores = torch.einsum("qhd,lhd->hql", q[new].float(), k) * scale
+        scores = torch.einsum("qhd,lhd->hql", q[new].float(), keys) * scale
         weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
-        out[new] = torch.einsum("hql,lhd->qhd", weights, v)
+        out[new] = torch.einsum("hql,lhd->qhd", weights, values)
     return out
 
 
@@ -104,47 +115,59 @@ def extend_config(num_tokens: int, max_q_len: int, group: int, head_dim: int) ->
     splits = 8 if num_tokens <= 128 else 4 if num_tokens <= 512 else 1
     if rows <= 32:
         return ExtendConfig(16 if rows <= 16 else 32, 64, 4, 3, pack, splits)
-    if max_q_len < 1024 or head_dim > 128:
-        if head_dim > 128:
-            return ExtendConfig(128, 64, 8, 2, pack, splits)
-        return ExtendConfig(64, 64, 4, 3, pack, splits)
-    return ExtendConfig(128, 128, 8, 3, pack)
+    if head_dim > 128:
+        return ExtendConfig(128, 64, 8, 2, pack, splits)
+    if max_q_len < 1024:
+        return ExtendConfig(64, 64, 4, 2, pack, splits)
+    return ExtendConfig(128, 64, 4, 2, pack, splits)
 
 
 @triton.jit
 def _attend(
-    acc, most, total, q, query_at, start, end, kv_len, table, k_base, v_base, kv_stride, scale_log2,
+    acc, most, total, q, query_at, start, end, tiles, column, first_row,
+    table, k_base, v_base, kv_stride, scale_log2,
+    NEW: tl.constexpr,
     MASKED: tl.constexpr,
     WINDOW: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One online softmax over the keys start..end-1; `end` may pass kv_len only if MASKED. `most`
-    is of unscaled scores: scale and subtraction are then one multiply-add."""
+    """One online softmax over the keys start..end-1, all of the prefix or all new. `end` may lie
+    within a tile only if MASKED. `most` is of unscaled scores: scale and subtraction are then one
+    multiply-add.
+
+    tiles      descriptors of the new tokens' K and V, whose row of key i is i + first_row
+    column     where in their rows the KV head begins
+    """
     n = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
-    # The index tile is loaded one turn ahead: a gather through an index of its own turn would keep
-    # a single tile in flight whatever num_stages says.
-    slots = tl.load(table + start + n, mask=start + n < end, other=0)
+    if not NEW:
+        # The index tile is loaded one turn ahead: a gather through an index of its own turn would
+        # keep a single tile in flight whatever num_stages says.
+        slots = tl.load(table + start + n, mask=start + n < end, other=0)
     for at in tl.range(start, end, BLOCK_N):
-        offset = (slots.to(tl.int64) * kv_stride)[:, None]
-        if MASKED:
-            mask = ((at + n) < kv_len)[:, None] & (d[None, :] < D)
-            k = tl.load(k_base + offset, mask=mask, other=0.0)  # [BLOCK_N, BLOCK_D]
-            v = tl.load(v_base + offset, mask=mask, other=0.0)
-        elif D == BLOCK_D:
-            k = tl.load(k_base + offset)
-            v = tl.load(v_base + offset)
+        if NEW:
+            k = tiles[0].load([first_row + at, column])  # [BLOCK_N, BLOCK_D]
+            v = tiles[1].load([first_row + at, column])
         else:
-            k = tl.load(k_base + offset, mask=d[None, :] < D, other=0.0)
-            v = tl.load(v_base + offset, mask=d[None, :] < D, other=0.0)
-        ahead = at + BLOCK_N + n
-        slots = tl.load(table + ahead, mask=ahead < end, other=0)
+            offset = (slots.to(tl.int64) * kv_stride)[:, None]
+            if MASKED:
+                mask = ((at + n) < end)[:, None] & (d[None, :] < D)
+                k = tl.load(k_base + offset, mask=mask, other=0.0)
+                v = tl.load(v_base + offset, mask=mask, other=0.0)
+            elif D == BLOCK_D:
+                k = tl.load(k_base + offset)
+                v = tl.load(v_base + offset)
+            else:
+                k = tl.load(k_base + offset, mask=d[None, :] < D, other=0.0)
+                v = tl.load(v_base + offset, mask=d[None, :] < D, other=0.0)
+            ahead = at + BLOCK_N + n
+            slots = tl.load(table + ahead, mask=ahead < end, other=0)
         scores = tl.dot(q, tl.trans(k.to(q.dtype)))
         if MASKED:
             distance = query_at[:, None] - (at + n)[None, :]
-            visible = distance >= 0
+            visible = (distance >= 0) & (at + n < end)[None, :]
             if WINDOW > 0:
                 visible = visible & (distance < WINDOW)
             # Finite, not -inf: a window may hide all of a tile from a query, and -inf less -inf is
@@ -167,6 +190,8 @@ def _attend(
 )
 def _extend_kernel(
     q_ptr,
+    new_k,  # descriptors of [T, HKV D], tiles of [BLOCK_N, BLOCK_D]
+    new_v,
     k_ptr,
     v_ptr,
     table_ptr,
@@ -193,10 +218,13 @@ def _extend_kernel(
     BLOCK_N: tl.constexpr,
     ROWS_PADDED: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Tiles are numbered through the rows: row r's begin at q_starts[r] // TOKENS + r, which leaves
     each at least as many numbers as it needs. A program takes every num_programs-th number: the
     grid must do for the worst split of tokens into rows, and programs without work cost time."""
+    launch_next(PDL)
+    wait_for_previous(PDL)
     TOKENS: tl.constexpr = BLOCK_M // PACK
     r = tl.arange(0, ROWS_PADDED)
     starts = tl.load(q_starts_ptr + r, mask=r < num_rows, other=0)
@@ -218,8 +246,8 @@ def _extend_kernel(
         q_start = tl.load(q_starts_ptr + row)
         q_len = tl.load(q_starts_ptr + row + 1) - q_start
         first = (tile - q_start // TOKENS - row) * TOKENS
-        if first < q_len:
-            kv_len = tl.load(lens_ptr + row)
+        kv_len = tl.load(lens_ptr + row)
+        if (first < q_len) & (kv_len > 0):
             token = first + m // PACK
             in_tile = (m < TOKENS * PACK) & (token < q_len)
             q_mask = in_tile[:, None] & (d[None, :] < D)
@@ -230,13 +258,11 @@ def _extend_kernel(
             query_at = prefix + token
             table = table_ptr + tl.load(rows_ptr + row).to(tl.int64) * table_stride
 
-            # Keys start..masked-1 are seen by every query of this tile: whole tiles of them.
+            # Prefix and new tokens both begin with whole tiles that every query of this one sees.
             end = tl.minimum(prefix + first + TOKENS, kv_len)
             start = 0
-            masked = tl.maximum(prefix + first + 1, 0) // BLOCK_N * BLOCK_N
             if WINDOW > 0:
                 start = tl.maximum(prefix + first - WINDOW + 1, 0) // BLOCK_N * BLOCK_N
-                masked = start
             splits = 1
             split = 0
             if MAX_SPLITS > 1:
@@ -246,22 +272,34 @@ def _extend_kernel(
                 splits = tl.maximum(tl.cdiv(end - start, size), 1)
                 start += split * size
                 end = tl.minimum(start + size, end)
-                masked = tl.minimum(tl.maximum(masked, start), end)
+            prefix_end = tl.maximum(tl.minimum(prefix, end), start)
+            masked = start
+            new_start = tl.maximum(prefix, start)
+            new_masked = new_start
+            if WINDOW == 0:
+                masked += (prefix_end - start) // BLOCK_N * BLOCK_N
+                seen_by_all = tl.minimum(prefix + first + 1, end)
+                new_masked += tl.maximum(seen_by_all - new_start, 0) // BLOCK_N * BLOCK_N
             if split < splits:
                 most = tl.full([BLOCK_M], -1.0e30, tl.float32)
                 total = tl.zeros([BLOCK_M], tl.float32)
                 acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-                if WINDOW == 0:
-                    acc, most, total = _attend(
-                        acc, most, total, q, query_at, start, masked, kv_len, table, k_base, v_base,
-                        kv_stride, scale_log2, False, WINDOW, D, BLOCK_D, BLOCK_N,
-                    )  # fmt: skip
-                acc, most, total = _attend(
-                    acc, most, total, q, query_at, masked, end, kv_len, table, k_base, v_base,
-                    kv_stride, scale_log2, True, WINDOW, D, BLOCK_D, BLOCK_N,
-                )  # fmt: skip
-                # A row of padding (kv_len 0) sees no key at all, and gets zeros.
-                acc = acc / tl.where(total > 0, total, 1.0)[:, None]
+                tiles_of_new = (new_k, new_v)
+                row_of_key = q_start - prefix
+                FROM: tl.constexpr = 1 if WINDOW > 0 else 0
+                for NEW in tl.static_range(2):
+                    for MASKED in tl.static_range(FROM, 2):
+                        from_key = new_start if NEW else start
+                        middle = new_masked if NEW else masked
+                        to_key = end if NEW else prefix_end
+                        acc, most, total = _attend(
+                            acc, most, total, q, query_at,
+                            middle if MASKED else from_key, to_key if MASKED else middle,
+                            tiles_of_new, kv_head * D, row_of_key,
+                            table, k_base, v_base, kv_stride, scale_log2,
+                            NEW, MASKED, WINDOW, D, BLOCK_D, BLOCK_N,
+                        )  # fmt: skip
+                acc = acc / total[:, None]
                 at = q_row * HQ + head[:, None]  # [BLOCK_M, 1]
                 out_at = out_ptr + at * D + d[None, :]
                 dtype = out_ptr.dtype.element_ty
@@ -299,6 +337,8 @@ def _extend_kernel(
 
 def extend_attention_triton(
     q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     slot_table: torch.Tensor,
@@ -313,7 +353,8 @@ def extend_attention_triton(
 ) -> torch.Tensor:
     num_tokens, num_q_heads, dim = q.shape
     num_rows = len(rows)
-    group = num_q_heads // k_cache.shape[1]
+    num_kv_heads = k.shape[1]
+    group = num_q_heads // num_kv_heads
     if config is None:
         config = extend_config(num_tokens, max_q_len, group, dim)
     if out is None:
@@ -324,15 +365,21 @@ def extend_attention_triton(
     heads, tokens = num_q_heads // pack, config.block_m // pack
     # A program for each tile, unless there are very many short rows.
     tiles = num_tokens // tokens + num_rows
-    programs = min(num_tokens, tiles, max(num_tokens // tokens + 16, 1024 // heads))
     splits, partial, lse, ended = config.max_splits, None, None, None
+    programs = min(num_tokens, tiles, num_tokens // tokens + triton.cdiv(512, heads * splits))
     if splits > 1:
         partial = torch.empty(num_tokens, num_q_heads, splits, dim, device=q.device)
         lse = torch.empty(num_tokens, num_q_heads, splits, device=q.device)
         ended = counters(q.device, tiles * heads)
+    block_d = triton.next_power_of_2(dim)
+
+    def tiles_of(x: torch.Tensor) -> TensorDescriptor:
+        shape, strides = [num_tokens, num_kv_heads * dim], [x.stride(0), 1]
+        return TensorDescriptor(x, shape, strides, [config.block_n, block_d])
+
     # Heads first: those of one group then read the same K and V at about the same time.
     _extend_kernel[(heads, programs, splits)](
-        q, k_cache, v_cache, slot_table, rows, q_starts, kv_lens, out, partial, lse, ended,
+        q, tiles_of(k), tiles_of(v), k_cache, v_cache, slot_table, rows, q_starts, kv_lens, out, partial, lse, ended,
         q.stride(0), k_cache.stride(0), slot_table.stride(0),
         scale * math.log2(math.e), num_rows, config.split_tokens,
         WINDOW=window,
@@ -340,12 +387,13 @@ def extend_attention_triton(
         GROUP=group,
         PACK=pack,
         D=dim,
-        BLOCK_D=triton.next_power_of_2(dim),
+        BLOCK_D=block_d,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         ROWS_PADDED=max(256, triton.next_power_of_2(num_rows)),
         MAX_SPLITS=splits,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        **pdl(q.device),
     )  # fmt: skip
     return out

@@ -1,5 +1,6 @@
-"""Everything between the QKV projection and attention, in one kernel: per-head RMSNorm of q and k
-(Qwen3), rotary position embedding (Su et al., 2021; half-split pairs), and the KV cache write."""
+"""Everything between the QKV projection and attention, in one kernel and in place: per-head RMSNorm
+of q and k (Qwen3), rotary position embedding (Su et al., 2021; half-split pairs), and the KV cache
+write."""
 
 from __future__ import annotations
 
@@ -23,10 +24,11 @@ def rope_and_write_kv(
     q_norm: torch.Tensor | None = None,
     k_norm: torch.Tensor | None = None,
     eps: float = 1e-6,
-) -> torch.Tensor:
-    """Rotate q and k, write k and v into the cache, return q [T, Hq, D].
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rotate q and k where they are, write k and v into the cache too; return q [T, Hq, D] and k, v
+    [T, Hkv, D], views of qkv.
 
-    qkv        [T, (Hq + 2 Hkv) D], the heads of q, then of k, then of v
+    qkv        [T, (Hq + 2 Hkv) D] contiguous, the heads of q, then of k, then of v
     positions  int32 [T]
     slots      int32 [T], where each token's k and v go; -1 (a token of padding): nowhere
     cos_sin    float32 [max_positions, D], cos in the first half of a row and sin in the second;
@@ -35,10 +37,13 @@ def rope_and_write_kv(
     q_norm, k_norm    [D] weights, both or neither: heads are RMS-normed before they turn
     """
     run = rope_and_write_kv_triton if qkv.is_cuda else rope_and_write_kv_naive
-    return run(
+    run(
         qkv, positions, slots, cos_sin, k_cache, v_cache,
         num_q_heads, num_kv_heads, q_norm, k_norm, eps,
     )  # fmt: skip
+    heads = qkv.unflatten(1, (num_q_heads + 2 * num_kv_heads, -1))
+    q, k, v = heads.split((num_q_heads, num_kv_heads, num_kv_heads), 1)
+    return q, k, v
 
 
 def rope_and_write_kv_naive(
@@ -53,7 +58,7 @@ def rope_and_write_kv_naive(
     q_norm: torch.Tensor | None = None,
     k_norm: torch.Tensor | None = None,
     eps: float = 1e-6,
-) -> torch.Tensor:
+) -> None:
     T = qkv.shape[0]
     D = qkv.shape[1] // (num_q_heads + 2 * num_kv_heads)
     rotated = num_q_heads + num_kv_heads
@@ -64,14 +69,13 @@ def rope_and_write_kv_naive(
         x = torch.cat((F.rms_norm(q, (D,), q_norm, eps), F.rms_norm(k, (D,), k_norm, eps)), 1)
     first, second = x.chunk(2, -1)  # [T, Hq + Hkv, D/2]
     cos, sin = cos_sin.index_select(0, positions).unsqueeze(1).chunk(2, -1)  # [T, 1, D/2]
-    x = torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(qkv.dtype)
-    k, v = x[:, num_q_heads:], heads[:, rotated:]
+    heads[:, :rotated] = torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+    k, v = heads[:, num_q_heads:rotated], heads[:, rotated:]
     if T and int(slots.min()) < 0:
         written = slots >= 0
         slots, k, v = slots[written], k[written], v[written]
     k_cache[slots] = _to_cache_naive(k, k_cache.dtype)
     v_cache[slots] = _to_cache_naive(v, v_cache.dtype)
-    return x[:, :num_q_heads]
 
 
 def _to_cache_naive(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -96,7 +100,6 @@ def _rope_kernel(
     v_cache_ptr,
     q_norm_ptr,
     k_norm_ptr,
-    q_out_ptr,  # [T, HQ, D] contiguous
     qkv_stride,
     k_stride,  # of a slot
     v_stride,
@@ -143,9 +146,9 @@ def _rope_kernel(
     out_first = (first * cos - second * sin).to(first_raw.dtype)
     out_second = (second * cos + first * sin).to(first_raw.dtype)
 
-    q_at = q_out_ptr + (token * HQ + head[:, None]) * D + pair[None, :]
-    tl.store(q_at, out_first, mask=mask & is_q)
-    tl.store(q_at + HALF, out_second, mask=mask & is_q)
+    turns = mask & (head[:, None] < HQ + HKV)
+    tl.store(qkv_ptr + at, out_first, mask=turns)
+    tl.store(qkv_ptr + at + HALF, out_second, mask=turns)
     if slot >= 0:
         cache_dtype: tl.constexpr = k_cache_ptr.dtype.element_ty
         is_k = mask & (head[:, None] >= HQ) & (head[:, None] < HQ + HKV)
@@ -172,19 +175,18 @@ def rope_and_write_kv_triton(
     eps: float = 1e-6,
     block_h: int | None = None,
     num_warps: int | None = None,
-) -> torch.Tensor:
+) -> None:
     num_tokens = qkv.shape[0]
     num_heads = num_q_heads + 2 * num_kv_heads
     dim = qkv.shape[1] // num_heads
-    q = torch.empty(num_tokens, num_q_heads, dim, dtype=qkv.dtype, device=qkv.device)
     if num_tokens == 0:
-        return q
+        return
     block_half = triton.next_power_of_2(dim // 2)
     if block_h is None:
         # Few tokens: more programs, so that one token's heads spread over the SMs.
         block_h = min(4 if num_tokens < 64 else 16, triton.next_power_of_2(num_heads))
     _rope_kernel[(num_tokens, triton.cdiv(num_heads, block_h))](
-        qkv, positions, slots, cos_sin, k_cache, v_cache, q_norm, k_norm, q,
+        qkv, positions, slots, cos_sin, k_cache, v_cache, q_norm, k_norm,
         qkv.stride(0), k_cache.stride(0), v_cache.stride(0), eps,
         HQ=num_q_heads,
         HKV=num_kv_heads,
@@ -195,4 +197,3 @@ def rope_and_write_kv_triton(
         num_warps=num_warps or min(max(block_h * block_half // 256, 1), 8),
         **pdl(qkv.device),
     )  # fmt: skip
-    return q

@@ -64,12 +64,14 @@ class Attention(nn.Module):
         V go into batch.kv_cache."""
         qkv, residual = self.qkv_proj.normed(x, residual, norm)
         k_cache, v_cache = batch.kv_cache.k[self.layer], batch.kv_cache.v[self.layer]
-        q = rope_and_write_kv(
+        q, k, v = rope_and_write_kv(
             qkv, positions, batch.slots, cos_sin, k_cache, v_cache,
             self.num_heads, self.num_kv_heads,
             None if self.q_norm is None else self.q_norm.weight,
             None if self.k_norm is None else self.k_norm.weight,
             self.eps,
-        )  # fmt: skip  # [T, Hq, D]
-        out = batch.attention.forward(q, k_cache, v_cache, batch, self.scale, self.window)
+        )  # fmt: skip
+        out = batch.attention.forward(
+            q, k, v, k_cache, v_cache, batch, self.scale, self.window
+        )
         return self.o_proj(out), residual

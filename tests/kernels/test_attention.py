@@ -1,6 +1,7 @@
 """Decode and extend attention against their naive twins, over random shapes."""
 
 import random
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -35,6 +36,11 @@ class Cache:
         return self.k, self.v, self.table, self.rows
 
 
+def qkv(tokens: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> Sequence:
+    """q, k and v as the model has them: parts of one tensor."""
+    return randn(tokens, heads + 2 * kv_heads, dim, dtype=dtype).split((heads, kv_heads, kv_heads), 1)
+
+
 @pytest.mark.parametrize("seed", seeds(50, 24))
 def test_decode_agrees_with_its_twin(seed: int) -> None:
     rng = random.Random(seed)
@@ -53,7 +59,8 @@ def test_decode_agrees_with_its_twin(seed: int) -> None:
         configs.append(None)
     expected = decode_attention_naive(q, *cache.args(), lens, dim**-0.5, window)
     for config in configs:
-        out = decode_attention_triton(q, *cache.args(), lens, dim**-0.5, window, config)
+        out = torch.zeros_like(q)
+        decode_attention_triton(q, *cache.args(), lens, dim**-0.5, window, config, out)
         assert_close(out, expected)
 
 
@@ -70,9 +77,9 @@ def test_extend_agrees_with_its_twin(seed: int) -> None:
     prefixes = [rng.choice([0, 0, 1, 64, rng.randint(1, longest_prefix)]) for _ in range(n)]
     lens = int32([new + prefix for new, prefix in zip(news, prefixes, strict=True)])
     cache = Cache(n, longest + longest_prefix, kv_heads, dim, dtype)
-    q = randn(sum(news), kv_heads * group, dim, dtype=dtype)
+    new = qkv(sum(news), kv_heads * group, kv_heads, dim, dtype)
     starts = torch.nn.functional.pad(int32(news).cumsum(0), (1, 0)).int()
-    args = (q, *cache.args(), starts, lens, dim**-0.5, window, max(news))
+    args = (*new, *cache.args(), starts, lens, dim**-0.5, window, max(news))
     splits = rng.choice([(1, 512), (4, 32), (8, 64)])
     configs = [ExtendConfig(rng.choice([16, 32, 64]), 32, 4, 2, rng.random() < 0.5, *splits)]
     if GPU:
@@ -91,21 +98,23 @@ def test_chosen_extend_tiles_are_ones_that_tensor_cores_take(max_q_len: int, dim
         assert config.block_n in (32, 64, 128)
 
 
-def test_padding_rows_give_zeros_and_leave_the_others_alone() -> None:
+def test_rows_of_length_zero_are_left_as_they_were_and_leave_the_others_alone() -> None:
     dtype = DTYPES[0]
     cache = Cache(3, 100, 2, 64, dtype)
-    q = randn(3, 4, 64, dtype=dtype)
+    q, k, v = qkv(3, 4, 2, 64, dtype)
+    out = torch.full(q.shape, 7.0, dtype=dtype, device=DEVICE)
     config = DecodeConfig(32, 4, 2, 4, 32)
     full = decode_attention_triton(q, *cache.args(), int32([70, 5, 100]), 0.1, 0, config)
-    some = decode_attention_triton(q, *cache.args(), int32([70, 0, 100]), 0.1, 0, config)
-    assert not some[1].any()
+    some = decode_attention_triton(q, *cache.args(), int32([70, 0, 100]), 0.1, 0, config, out)
+    assert (some[1] == 7).all()
     assert torch.equal(some[[0, 2]], full[[0, 2]])
 
     starts, lens = int32([0, 1, 2, 3]), int32([70, 0, 100])
     tile = ExtendConfig(16, 32, 4, 2, pack=False)
-    some = extend_attention_triton(q, *cache.args(), starts, lens, 0.1, 0, 1, tile)
-    assert not some[1].any()
-    assert_close(some, extend_attention_naive(q, *cache.args(), starts, lens, 0.1, 0, 1))
+    args = (q, k, v, *cache.args(), starts, lens, 0.1, 0, 1)
+    some = extend_attention_triton(*args, tile, torch.full_like(out, 7.0))
+    assert (some[1] == 7).all()
+    assert_close(some, extend_attention_naive(*args, out=torch.full_like(out, 7.0)))
 
 
 def test_what_lies_past_the_end_of_a_row_is_never_read() -> None:
@@ -119,7 +128,8 @@ def test_what_lies_past_the_end_of_a_row_is_never_read() -> None:
     assert_close(out, decode_attention_naive(q, *args))
     starts, lens = int32([0, 1]), int32([41])
     tile = ExtendConfig(16, 32, 4, 2, pack=True)
-    extended = extend_attention_triton(q, *cache.args(), starts, lens, 0.1, 0, 1, tile)
+    k, v = (x[cache.table[0, 40:41].long()] for x in (cache.k, cache.v))
+    extended = extend_attention_triton(q, k, v, *cache.args(), starts, lens, 0.1, 0, 1, tile)
     assert_close(extended, out)
 
 
@@ -128,12 +138,13 @@ def test_a_captured_decode_follows_what_changes_on_the_device() -> None:
     cache = Cache(4, 3000, 2, 128, torch.bfloat16)
     q, lens = randn(4, 8, 128, dtype=torch.bfloat16), int32([1, 1, 0, 1])
     args = (q, *cache.args(), lens, 0.1, 0)
-    decode_attention(*args)
+    out = decode_attention(*args)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = decode_attention(*args)
+        decode_attention(*args, out)
     for new_lens in ([3000, 17, 5, 0], [1, 1000, 257, 256]):
         lens.copy_(int32(new_lens))
+        out.zero_()
         graph.replay()
         assert_close(out, decode_attention_naive(*args))
 
@@ -148,7 +159,8 @@ def test_a_cache_of_8_bit_floats_is_read_as_what_it_holds(window: int) -> None:
     small = (q[:2], *cache.args(), lens, 0.1, window)
     config = DecodeConfig(32, 4, 2, 4, 32)
     assert_close(decode_attention_triton(*small, config), decode_attention_naive(*small))
-    large = (q, *cache.args(), int32([0, 2, 5]), lens, 0.1, window, 3)
+    new = qkv(5, 4, 2, 64, dtype)
+    large = (*new, *cache.args(), int32([0, 2, 5]), lens, 0.1, window, 3)
     tile = ExtendConfig(16, 32, 4, 2, pack=True)
     assert_close(extend_attention_triton(*large, tile), extend_attention_naive(*large))
     cache.k, cache.v = cache.k.to(dtype), cache.v.to(dtype)

@@ -69,7 +69,9 @@ class Case:
         q_lens = np.array([1] * len(decode) + [q for q, _ in prefill], dtype=np.int32)
         kv_lens = np.array(decode + [kv for _, kv in prefill], dtype=np.int32)
         starts = np.concatenate(([0], np.cumsum(q_lens[len(decode) :])))
-        self.q = randn(int(q_lens.sum()), KV_HEADS * group, 64, dtype=dtype).to(device)
+        heads = (KV_HEADS * group, KV_HEADS, KV_HEADS)
+        new = randn(int(q_lens.sum()), sum(heads), 64, dtype=dtype).to(device)
+        self.q, self.new_k, self.new_v = new.split(heads, 1)
         none = torch.zeros(len(self.q), dtype=torch.int32, device=device)
         rows = torch.from_numpy(rng.permutation(MAX_ROWS)[: len(kv_lens)].astype(np.int32))
         self.batch = Batch(
@@ -87,6 +89,13 @@ class Case:
             q_lens_host=q_lens,
             kv_lens_host=kv_lens,
         )
+        # The new tokens' K and V are in the cache too.
+        for i, token in enumerate(range(len(decode), len(kv_lens))):
+            begin, end = starts[i] + len(decode), starts[i + 1] + len(decode)
+            kv_len = int(kv_lens[token])
+            slots = self.batch.slot_table[self.batch.rows[token], kv_len - (end - begin) : kv_len]
+            self.k[slots.long()] = self.new_k[begin:end].to(self.k.dtype)
+            self.v[slots.long()] = self.new_v[begin:end].to(self.v.dtype)
 
     def run(self) -> torch.Tensor:
         self.batch.attention.begin(self.batch)
@@ -94,7 +103,7 @@ class Case:
 
     def forward(self) -> torch.Tensor:
         return self.batch.attention.forward(
-            self.q, self.k, self.v, self.batch, self.scale, self.window
+            self.q, self.new_k, self.new_v, self.k, self.v, self.batch, self.scale, self.window
         )
 
     def check(self, out: torch.Tensor) -> None:
@@ -104,11 +113,11 @@ class Case:
         decoded = decode_attention_naive(
             self.q[:d], *cache, batch.rows[:d], batch.kv_lens[:d], *how
         )
+        new = (self.q[d:], self.new_k[d:], self.new_v[d:])
         extended = extend_attention_naive(
-            self.q[d:], *cache, batch.rows[d:], batch.q_starts, batch.kv_lens[d:], *how, MAX_LEN
+            *new, *cache, batch.rows[d:], batch.q_starts, batch.kv_lens[d:], *how, MAX_LEN
         )
         expected = torch.cat((decoded, extended)).flatten(1)
-        assert torch.isfinite(out).all()
         seen = torch.ones(len(out), dtype=torch.bool, device=out.device)
         seen[:d] = batch.kv_lens[:d] > 0
         assert_close(out[seen], expected[seen])
