@@ -76,6 +76,11 @@ class ServerArgs:
         "tell <think>...</think> apart as reasoning_content; deepseek-r1: replies begin within it",
         choices=("deepseek-r1", "qwen3"),
     )
+    grammar_backend: str = _flag(
+        "llguidance",
+        "what holds replies to a regex, json_schema or ebnf; none: refuse these",
+        choices=("llguidance", "none"),
+    )
     log_level: str = _flag(
         "info", "least severe message to log", choices=("debug", "info", "warning", "error")
     )

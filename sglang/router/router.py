@@ -85,6 +85,8 @@ class Router:
             self._receive(wait=scheduler.is_idle())
             for request, grammar in self._grammars.done():
                 scheduler.add(request, grammar)
+                if grammar is None:
+                    scheduler.abort([request.handle])
             if len(flying) < self._depth and (step := scheduler.plan()) is not None:
                 self._workers.send(*step)
             elif flying:
@@ -142,4 +144,6 @@ def run_router(args: ServerArgs, model: ModelConfig, addresses: Addresses) -> No
     router = Router(context, addresses, workers, scheduler, grammars, args.overlap_depth)
     router.announce(EngineReady(ready.num_slots, ready.max_running_requests, model.context_len))
     start_heartbeat()
+    if args.grammar_backend != "none" and not args.skip_tokenizer_init:
+        grammars.prepare()
     router.run()

@@ -59,6 +59,7 @@ class LLM:
         server_args.setdefault("log_level", "warning")
         args = ServerArgs(model_path=model_path, **server_args)
         self.model = ModelConfig.load(args)
+        self._grammar_backend = args.grammar_backend
         self._failure = _Failure(args.log_level)
         processes = EngineProcesses(args, self.model, self._failure, detokenizer=False)
         context = zmq.Context()
@@ -195,7 +196,7 @@ class LLM:
             given = SamplingParams.from_dict(given or {}, self.model.default_sampling)
         if given.stop and self.tokenizer is None:
             raise ValueError("stop needs a tokenizer; see stop_token_ids")
-        check_grammar(given)
+        check_grammar(given, self._grammar_backend)
         if grammar_kind(given) is not None and self.tokenizer is None:
             raise ValueError(f"{grammar_kind(given)} needs a tokenizer")
         return given

@@ -85,7 +85,7 @@ class Service:
             params = SamplingParams.from_dict(values, self.model.default_sampling)
             if grammar_kind(params) is not None:
                 self.need_tokenizer()
-                check_grammar(params)
+                check_grammar(params, self.args.grammar_backend)
             return params
         except ValueError as error:
             raise bad_value(error, names) from None
