@@ -29,6 +29,8 @@ Timed = tuple[str, list[Call], float, float]
 DTYPE = torch.bfloat16
 COLD_BYTES = 256 << 20
 MAX_COPIES = 64
+FP8 = torch.float8_e4m3fn
+"""Of a KV cache."""
 
 
 def copies(bytes_each: float) -> int:
@@ -47,19 +49,23 @@ def int32(values: object) -> torch.Tensor:
 class PagedKV:
     """Rows of one length each in a cache whose slots are shuffled."""
 
-    def __init__(self, batch: int, kv_len: int, kv_heads: int, head_dim: int) -> None:
-        each = batch * kv_len * kv_heads * head_dim * 2 * DTYPE.itemsize
+    def __init__(
+        self, batch: int, kv_len: int, kv_heads: int, head_dim: int, dtype: torch.dtype = DTYPE
+    ) -> None:
+        each = batch * kv_len * kv_heads * head_dim * 2 * dtype.itemsize
         self.sets = copies(each)
         rows = batch * self.sets
-        self.k, self.v = randn(2, rows * kv_len, kv_heads, head_dim)
+        self.k, self.v = randn(2, rows * kv_len, kv_heads, head_dim).to(dtype)
         self.table = torch.randperm(rows * kv_len, device="cuda").int().view(rows, kv_len)
         self.rows = torch.arange(rows, device="cuda").int().view(self.sets, batch)
         self.lens = int32([kv_len] * batch)
         self.bytes = each
 
 
-def decode_case(batch: int, kv_len: int, q_heads: int, kv_heads: int, dim: int):
-    kv = PagedKV(batch, kv_len, kv_heads, dim)
+def decode_case(
+    batch: int, kv_len: int, q_heads: int, kv_heads: int, dim: int, dtype: torch.dtype = DTYPE
+):
+    kv = PagedKV(batch, kv_len, kv_heads, dim, dtype)
     q = randn(batch, q_heads, dim)
 
     def timed(name: str, config=None) -> Timed:
@@ -80,7 +86,7 @@ def decode_case(batch: int, kv_len: int, q_heads: int, kv_heads: int, dim: int):
             wrapper.plan(
                 int32(range(0, (batch + 1) * kv_len, kv_len)), kv.table[rows.long()].flatten(),
                 int32([1] * batch), q_heads, kv_heads, dim, 1, q_data_type=DTYPE,
-                kv_data_type=DTYPE,
+                kv_data_type=dtype,
             )  # fmt: skip
             cache = (kv.k.unsqueeze(1), kv.v.unsqueeze(1))
             calls.append(lambda wrapper=wrapper, cache=cache: wrapper.run(q, cache))
@@ -91,14 +97,15 @@ def decode_case(batch: int, kv_len: int, q_heads: int, kv_heads: int, dim: int):
 
 def extend_case(new: int, prefix: int, q_heads: int, kv_heads: int, dim: int, batch: int = 1):
     kv = PagedKV(batch, new + prefix, kv_heads, dim)
-    q = randn(batch * new, q_heads, dim)
+    heads = (q_heads, kv_heads, kv_heads)
+    q, k, v = randn(batch * new, sum(heads), dim).split(heads, 1)
     starts = int32(range(0, (batch + 1) * new, new))
     flops = 4 * batch * q_heads * dim * (new * prefix + new * (new + 1) / 2)
 
     def timed(name: str, config=None) -> Timed:
         def call(rows):
             return lambda: extend_attention.extend_attention_triton(
-                q, kv.k, kv.v, kv.table, rows, starts, kv.lens, dim**-0.5, 0, new, config
+                q, k, v, kv.k, kv.v, kv.table, rows, starts, kv.lens, dim**-0.5, 0, new, config
             )
 
         return name, [call(rows) for rows in kv.rows[:4]], kv.bytes + 2 * q.nbytes, flops
@@ -113,7 +120,8 @@ def extend_case(new: int, prefix: int, q_heads: int, kv_heads: int, dim: int, ba
             causal=True, q_data_type=DTYPE, kv_data_type=DTYPE,
         )  # fmt: skip
         cache = (kv.k.unsqueeze(1), kv.v.unsqueeze(1))
-        return "flashinfer", [lambda: wrapper.run(q, cache)] * 4, kv.bytes + 2 * q.nbytes, flops
+        query = q.contiguous()
+        return "flashinfer", [lambda: wrapper.run(query, cache)] * 4, kv.bytes + 2 * q.nbytes, flops
 
     return timed, flashinfer_timed
 
@@ -245,6 +253,8 @@ CASES: dict[str, tuple[Callable, list[tuple], list[tuple]]] = {
             (256, 128, 16, 8, 128),
             (1, 128, 16, 8, 128),
             (1, 32768, 16, 8, 128),
+            *((b, 1024, 16, 8, 128, FP8) for b in (1, 64, 256)),
+            (256, 560, 32, 32, 128, FP8),
         ],
         [(1, 2048, 16, 8, 128), (64, 2048, 16, 8, 128), (256, 2048, 16, 8, 128)],
     ),

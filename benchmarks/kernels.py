@@ -19,7 +19,7 @@ from functools import partial
 import torch
 import triton
 import triton.language as tl
-from kernel_cases import CASES, Call, Timed, randn
+from kernel_cases import CASES, FP8, Call, Timed, randn
 
 from sglang.kernels import decode_attention, extend_attention, gemv
 
@@ -80,10 +80,12 @@ def sweep_candidates(section: str) -> Iterator[tuple[tuple, list[tuple[str, dict
     """(case arguments, [(label, keyword arguments of `timed`)])."""
     if section == "decode":
         Config = decode_attention.DecodeConfig
-        tiles = [(32, 4, 3), (64, 4, 2), (64, 4, 3), (128, 4, 2), (128, 4, 3), (128, 8, 2)]
-        for shape in ((64, 2048, 16, 8, 128), (1, 4096, 16, 8, 128), (64, 2048, 32, 32, 128)):
-            splits = (32, 128) if shape[0] == 1 else (4, 1024)
-            configs = [Config(*tile, *splits) for tile in tiles]
+        tiles = [(64, 4, 2), (64, 4, 3), (64, 4, 4), (128, 4, 2), (128, 4, 3)]
+        for shape in (
+            (256, 560, 32, 32, 128), (256, 1024, 16, 8, 128), (256, 1024, 16, 8, 128, FP8),
+            (256, 560, 32, 32, 128, FP8), (64, 1024, 16, 8, 128, FP8),
+        ):  # fmt: skip
+            configs = [Config(*tile, 4, 1024) for tile in tiles]
             yield (
                 shape,
                 [(f"{tile}", {"config": c}) for tile, c in zip(tiles, configs, strict=True)],
@@ -107,26 +109,23 @@ def sweep_candidates(section: str) -> Iterator[tuple[tuple, list[tuple[str, dict
     elif section == "extend":
         Config = extend_attention.ExtendConfig
         long = [
-            (128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 4, 2), (128, 64, 4, 3), (64, 64, 4, 3),
-            (256, 64, 16, 2), (256, 64, 16, 3), (256, 64, 8, 2), (256, 64, 8, 3),
+            (128, 64, 4, 2), (128, 128, 8, 2), (64, 64, 4, 2), (64, 128, 4, 2), (128, 64, 8, 3),
         ]  # fmt: skip
         for shape in (
-            (4096, 0, 32, 8, 128), (4096, 0, 16, 8, 128), (16384, 0, 32, 32, 128),
-            (512, 0, 16, 8, 128, 16), (1024, 0, 16, 8, 128, 8), (128, 0, 16, 8, 128),
+            (4096, 0, 32, 8, 128), (4096, 0, 16, 8, 128), (8192, 0, 32, 32, 128),
+            (512, 0, 16, 8, 128), (1024, 0, 16, 8, 128, 8), (128, 0, 16, 8, 128),
+            (64, 2048, 16, 8, 128, 64), (512, 2048, 32, 32, 128, 4),
         ):  # fmt: skip
             pack = shape[2] > shape[3]
             yield shape, [(f"{tile}", {"config": Config(*tile, pack=pack)}) for tile in long]
-        short = [(16, 64, 4, 3), (32, 64, 4, 3), (64, 64, 4, 3), (128, 64, 8, 3)]
-        for shape in (
-            (64, 2048, 16, 8, 128, 256), (128, 8192, 32, 8, 128), (16, 4096, 32, 8, 128),
-            (16, 4096, 32, 8, 128, 32), (1, 1024, 16, 8, 128, 32),
-        ):  # fmt: skip
+        short = [(16, 64, 4, 2), (32, 64, 4, 2), (64, 64, 4, 2)]
+        for shape in ((128, 8192, 32, 8, 128), (16, 4096, 32, 8, 128, 32)):
             yield (
                 shape,
                 [
                     (f"{tile} splits {m} of {t}", {"config": Config(*tile, True, m, t)})
                     for tile in short
-                    for m, t in ((1, 512), (4, 512), (8, 256), (8, 512), (16, 256))
+                    for m, t in ((1, 512), (4, 512), (8, 256))
                 ],
             )
     elif section == "gemv":

@@ -163,6 +163,12 @@ class ModelConfig:
             quantization_config=values.get("quantization_config"),
         )
 
+    @property
+    def weights_per_layer(self) -> int:
+        """Elements of the matrices that every token is multiplied by."""
+        attention = 2 * (self.num_heads + self.num_kv_heads) * self.head_dim
+        return self.hidden_size * (attention + 3 * self.intermediate_size)
+
     def window_of_layer(self, layer: int) -> int:
         """0: the layer sees everything before it."""
         return (self.sliding_window or 0) if layer >= self.first_window_layer else 0

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from sglang.kernels.launch import launch_next, pdl, wait_for_previous
+
 
 def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
     """x [T, 2I] = (gate | up), contiguous -> silu(gate) * up, [T, I], in x's dtype."""
@@ -19,7 +21,15 @@ def silu_and_mul_naive(x: torch.Tensor) -> torch.Tensor:
 
 
 @triton.jit
-def _silu_and_mul_kernel(x_ptr, out_ptr, I: tl.constexpr, BLOCK: tl.constexpr):  # noqa: E741
+def _silu_and_mul_kernel(
+    x_ptr,
+    out_ptr,
+    I: tl.constexpr,  # noqa: E741
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    launch_next(PDL)
+    wait_for_previous(PDL)
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = cols < I
@@ -35,5 +45,7 @@ def silu_and_mul_triton(x: torch.Tensor, block: int = 1024, num_warps: int = 4) 
     if num_tokens:
         block = min(block, triton.next_power_of_2(inner))
         grid = (num_tokens, triton.cdiv(inner, block))
-        _silu_and_mul_kernel[grid](x.contiguous(), out, I=inner, BLOCK=block, num_warps=num_warps)
+        _silu_and_mul_kernel[grid](
+            x.contiguous(), out, I=inner, BLOCK=block, num_warps=num_warps, **pdl(x.device)
+        )
     return out

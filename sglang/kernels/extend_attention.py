@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sglang.kernels.launch import counters, launch_next, pdl, wait_for_previous
@@ -379,7 +378,8 @@ def extend_attention_triton(
 
     # Heads first: those of one group then read the same K and V at about the same time.
     _extend_kernel[(heads, programs, splits)](
-        q, tiles_of(k), tiles_of(v), k_cache, v_cache, slot_table, rows, q_starts, kv_lens, out, partial, lse, ended,
+        q, tiles_of(k), tiles_of(v), k_cache, v_cache, slot_table, rows, q_starts, kv_lens,
+        out, partial, lse, ended,
         q.stride(0), k_cache.stride(0), slot_table.stride(0),
         scale * math.log2(math.e), num_rows, config.split_tokens,
         WINDOW=window,

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from sglang.kernels.launch import launch_next, pdl, wait_for_previous
+
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x [T, H] (rows may be strided), weight [H] -> x / rms(x) * weight, [T, H], in x's dtype."""
@@ -44,11 +46,14 @@ def _rms_norm_kernel(
     H: tl.constexpr,
     ADD: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    launch_next(PDL)
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     mask = cols < H
     weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+    wait_for_previous(PDL)  # weights are never written
     x = tl.load(x_ptr + row * x_stride + cols, mask=mask, other=0.0).to(tl.float32)
     if ADD:
         x += tl.load(residual_ptr + row * residual_stride + cols, mask=mask, other=0.0).to(
@@ -103,4 +108,5 @@ def _launch(
         BLOCK=block,
         # 16 bytes a lane and load.
         num_warps=num_warps or min(max(block // 256, 1), 16),
+        **pdl(x.device),
     )

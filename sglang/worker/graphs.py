@@ -1,14 +1,16 @@
 """CUDA graphs of whole steps: one copy in, one replay, one copy out.
 
 A graph holds everything from the gathering of input ids to the feedback of sampled tokens. There
-are two families: decode steps, by number of rows, and steps with some prefill in them, by number of
-tokens. A step runs in the next larger graph of its family, filled up with padding.
+are three families: steps that only decode, by number of rows; steps that prefill a few rows and do
+nothing else, by number of tokens; and all others, again by tokens. A step runs in the next larger
+graph of its family, filled up with padding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +20,15 @@ from sglang.attention.base import AttentionBackend
 from sglang.worker.rows import RowState, StepArrays
 
 MAX_PREFILL_TOKENS = 9216
-"""In longer steps the GPU is slower than the launching of kernels, and a graph gains nothing."""
+PREFILL_ROWS = 16
+"""In a graph of the second family: each costs its logits, whether the step has it or not."""
+
+
+def longest_worthwhile(weights_per_layer: int) -> int:
+    """Tokens of the longest steps that are worth a graph: in longer ones the GPU takes twice as
+    long (at 600 TFLOP/s) as the launching of a layer's kernels (about a millisecond), and a graph
+    gains nothing."""
+    return min(int(2 * 1e-3 * 600e12 / (2 * weights_per_layer)), MAX_PREFILL_TOKENS)
 
 
 @dataclass
@@ -34,10 +44,10 @@ class DecodeInputs:
 
 
 @dataclass
-class MixedInputs:
+class PrefillInputs:
     """int32. Of T tokens: their ids (-1: the row's last token), rows, positions, KV slots and where
-    these go in the flat slot table. Of n rows: as above, lengths of those that decode (0: it does
-    not), and the last token of each."""
+    these go in the flat slot table. Of n rows: as above, the last token of each, and, if any may
+    decode, the lengths of those that do (0: it does not)."""
 
     ids: torch.Tensor  # [T]
     owners: torch.Tensor  # [T]
@@ -46,9 +56,9 @@ class MixedInputs:
     grown_at: torch.Tensor  # [T]
     rows: torch.Tensor  # [n]
     kv_lens: torch.Tensor  # [n]
-    decode_lens: torch.Tensor  # [n]
     last: torch.Tensor  # [n]
     q_starts: torch.Tensor  # [n + 1]
+    decode_lens: torch.Tensor | None = None  # [n]
 
 
 @dataclass
@@ -70,21 +80,41 @@ def decode_sizes(largest: int) -> list[int]:
     return sorted(s for s in sizes if s <= largest)
 
 
-def prefill_sizes(largest: int) -> list[int]:
-    """Powers of two from 16 and half-way between them; none if `largest` is 0."""
-    if largest == 0:
-        return []
-    sizes = {s for i in range(4, 20) for s in (1 << i, 3 << (i - 1))}
-    return [*sorted(s for s in sizes if s < largest), largest]
+def prefill_sizes(largest: int, steps: int) -> list[int]:
+    """Powers of two from 16 and half-way between them; from 1024 on, so many `steps` from one to
+    the next."""
+    sizes = {largest} if largest else set()
+    for power in (1 << i for i in range(4, 20)):
+        each = power // (2 if power < 1024 else steps)
+        sizes |= set(range(power, min(2 * power, largest), each))
+    return sorted(sizes)
+
+
+@dataclass
+class Family:
+    """Graphs of one kind of step, by size."""
+
+    run: Callable[[Any], GraphOutputs]
+    inputs_class: type
+    arrays: Callable[[StepArrays, int], list[np.ndarray]]
+    """A step's inputs, padded to a size."""
+    sizes: list[int]
+    graphs: dict[int, tuple[torch.cuda.CUDAGraph, GraphOutputs]] = field(default_factory=dict)
+
+    def holds(self, size: int) -> bool:
+        return bool(self.sizes) and size <= self.sizes[-1]
+
+    def at_least(self, size: int) -> int:
+        return self.sizes[int(np.searchsorted(self.sizes, size))]
 
 
 class StepGraphs:
-    """`decode` and `mixed` are whole steps on the device, without a synchronisation."""
+    """`decode` and `prefill` are whole steps on the device, without a synchronisation."""
 
     def __init__(
         self,
         decode: Callable[[DecodeInputs], GraphOutputs],
-        mixed: Callable[[MixedInputs], GraphOutputs],
+        prefill: Callable[[PrefillInputs], GraphOutputs],
         attention: AttentionBackend,
         state: RowState,
         max_rows: int,
@@ -94,43 +124,45 @@ class StepGraphs:
         self._attention = attention
         self._state = state
         self._max_rows = max_rows
-        self._max_tokens = min(max_tokens, MAX_PREFILL_TOKENS) if attention.captures_prefill else 0
-        self._decode_sizes = decode_sizes(max_rows)
-        self._prefill_sizes = prefill_sizes(self._max_tokens)
+        self._prefill_rows = min(PREFILL_ROWS, max_rows)
+        longest = max_tokens if attention.captures_prefill else 0
+        coarse, fine = prefill_sizes(longest, steps=2), prefill_sizes(longest, steps=4)
+        self._decode = Family(decode, DecodeInputs, self._decode_arrays, decode_sizes(max_rows))
+        self._prefill = Family(prefill, PrefillInputs, self._prefill_arrays, fine)
+        self._mixed = Family(prefill, PrefillInputs, self._mixed_arrays, coarse)
         self._inputs = torch.zeros(
-            5 * max(max_rows, self._max_tokens) + 5 * max_rows + 1,
+            5 * max(max_rows, longest) + 5 * max_rows + 1,
             dtype=torch.int32,
             device=state.slot_table.device,
         )
         self._pool = None
-        self._decode_graphs: dict[int, tuple[torch.cuda.CUDAGraph, GraphOutputs]] = {}
-        self._mixed_graphs: dict[int, tuple[torch.cuda.CUDAGraph, GraphOutputs]] = {}
+        families = (self._prefill, self._mixed, self._decode)
         with tqdm(
-            total=len(self._decode_sizes) + len(self._prefill_sizes),
+            total=sum(len(family.sizes) for family in families),
             desc="Capturing CUDA graphs",
             unit="graph",
             disable=None if show_progress else True,
         ) as progress:
-            # The largest first: the others find their memory in its pool.
-            for size in self._prefill_sizes[::-1]:
-                empty = self._mixed_arrays(None, size)
-                self._mixed_graphs[size] = self._capture(mixed, MixedInputs, empty)
-                progress.update()
-            for size in self._decode_sizes[::-1]:
-                empty = self._decode_arrays(None, size)
-                attention.plan_decode(np.empty(0, dtype=np.int32), size)
-                self._decode_graphs[size] = self._capture(decode, DecodeInputs, empty)
-                progress.update()
+            for family in families:
+                # The largest first: the others find their memory in its pool.
+                for size in family.sizes[::-1]:
+                    if family is self._decode:
+                        attention.plan_decode(np.empty(0, dtype=np.int32), size)
+                    family.graphs[size] = self._capture(family, size)
+                    progress.update()
 
-    def _capture(self, run, inputs_class, arrays: list[np.ndarray]):
+    def _capture(
+        self, family: Family, size: int
+    ) -> tuple[torch.cuda.CUDAGraph, GraphOutputs]:  # fmt: skip
+        arrays = family.arrays(StepArrays.empty(), size)
         sizes = [len(array) for array in arrays]
-        inputs = inputs_class(*self._inputs[: sum(sizes)].split(sizes))
+        inputs = family.inputs_class(*self._inputs[: sum(sizes)].split(sizes))
         self._upload(arrays)
-        run(inputs)  # compiles kernels and allocates workspaces, outside the capture
+        family.run(inputs)  # compiles kernels and allocates workspaces, outside the capture
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            outputs = run(inputs)
+            outputs = family.run(inputs)
         self._pool = self._pool or graph.pool()
         return graph, outputs
 
@@ -140,17 +172,18 @@ class StepGraphs:
         num_rows, num_tokens = len(step.rows), len(step.positions)
         if num_rows > self._max_rows:
             return None
+        family = self._mixed
         if step.num_decode == num_rows:
-            size = _at_least(self._decode_sizes, num_rows)
-            arrays, graphs = self._decode_arrays(step, size), self._decode_graphs
-            self._attention.plan_decode(step.kv_lens, size)
-        elif num_tokens <= self._max_tokens:
-            size = _at_least(self._prefill_sizes, num_tokens)
-            arrays, graphs = self._mixed_arrays(step, size), self._mixed_graphs
-        else:
+            family = self._decode
+        elif step.num_decode == 0 and num_rows <= self._prefill_rows:
+            family = self._prefill
+        if not family.holds(num_tokens):
             return None
-        self._upload(arrays)
-        graph, outputs = graphs[size]
+        size = family.at_least(num_tokens)
+        if family is self._decode:
+            self._attention.plan_decode(step.kv_lens, size)
+        self._upload(family.arrays(step, size))
+        graph, outputs = family.graphs[size]
         graph.replay()
         return outputs
 
@@ -161,11 +194,9 @@ class StepGraphs:
         np.concatenate(arrays, out=host.numpy())
         self._inputs[:size].copy_(host, non_blocking=True)
 
-    def _decode_arrays(self, step: StepArrays | None, size: int) -> list[np.ndarray]:
+    def _decode_arrays(self, step: StepArrays, size: int) -> list[np.ndarray]:
         """DecodeInputs of `size` rows; those beyond the step's are padding."""
         pad, pad_at = self._state.num_rows, self._state.num_rows * self._state.max_len
-        if step is None:
-            step = StepArrays.empty()
         return [
             _fill(step.rows, size, pad),
             _fill(step.kv_lens, size, 0),
@@ -174,12 +205,18 @@ class StepGraphs:
             _fill(step.grown_at, size, pad_at),
         ]
 
-    def _mixed_arrays(self, step: StepArrays | None, size: int) -> list[np.ndarray]:
-        """MixedInputs of `size` tokens in as many rows as there may be."""
-        pad, pad_at = self._state.num_rows, self._state.num_rows * self._state.max_len
+    def _mixed_arrays(self, step: StepArrays, size: int) -> list[np.ndarray]:
+        """PrefillInputs of `size` tokens in as many rows as there may be, of which some decode."""
         num_rows = min(size, self._max_rows)
-        if step is None:
-            step = StepArrays.empty()
+        decode_lens = _fill(step.kv_lens[: step.num_decode], num_rows, 0)
+        return [*self._prefill_arrays(step, size, num_rows), decode_lens]
+
+    def _prefill_arrays(
+        self, step: StepArrays, size: int, num_rows: int | None = None
+    ) -> list[np.ndarray]:
+        """PrefillInputs of `size` tokens in `num_rows` rows, by default few."""
+        pad, pad_at = self._state.num_rows, self._state.num_rows * self._state.max_len
+        num_rows = num_rows or min(size, self._prefill_rows)
         ends = np.cumsum(step.q_lens, dtype=np.int32)
         num_tokens = len(step.positions)
         ids = np.zeros(size, dtype=np.int32)
@@ -196,14 +233,9 @@ class StepGraphs:
             _fill(step.grown_at, size, pad_at),
             _fill(step.rows, num_rows, pad),
             _fill(step.kv_lens, num_rows, 0),
-            _fill(step.kv_lens[: step.num_decode], num_rows, 0),
             _fill(ends - 1, num_rows, 0),
             starts,
         ]
-
-
-def _at_least(sizes: list[int], n: int) -> int:
-    return sizes[int(np.searchsorted(sizes, n))]
 
 
 def _fill(values: np.ndarray, size: int, padding: int) -> np.ndarray:

@@ -15,7 +15,13 @@ from sglang.models.checkpoint import open_checkpoint
 from sglang.models.registry import build_model
 from sglang.server_args import ServerArgs
 from sglang.worker.batch import Batch
-from sglang.worker.graphs import DecodeInputs, GraphOutputs, MixedInputs, StepGraphs
+from sglang.worker.graphs import (
+    DecodeInputs,
+    GraphOutputs,
+    PrefillInputs,
+    StepGraphs,
+    longest_worthwhile,
+)
 from sglang.worker.kv_pool import KVPool, num_slots_that_fit
 from sglang.worker.parallel import TensorParallel
 from sglang.worker.prompt_logprobs import PromptScorer, ScoredSpan, Span
@@ -121,11 +127,14 @@ class ModelRunner:
         if self.device.type == "cuda" and not args.disable_cuda_graph:
             self.graphs = StepGraphs(
                 self._decode,
-                self._mixed,
+                self._prefill,
                 self.attention,
                 self.rows,
                 max_rows=min(args.cuda_graph_max_bs or num_rows, num_rows),
-                max_tokens=self.chunk_size + num_rows,
+                max_tokens=min(
+                    self.chunk_size + num_rows,
+                    longest_worthwhile(config.weights_per_layer // tp.size),
+                ),
                 show_progress=tp.rank == 0,
             )
         warm_up(self)
@@ -251,19 +260,21 @@ class ModelRunner:
         return self._draw(hidden, inputs.rows, inputs.kv_lens)
 
     @torch.inference_mode()
-    def _mixed(self, inputs: MixedInputs) -> GraphOutputs:
-        """Any step: which rows decode and which prefill, the device is told."""
-        rows = self.rows
+    def _prefill(self, inputs: PrefillInputs) -> GraphOutputs:
+        """Rows that prefill. If any may decode instead, the device is told which."""
+        rows, ids, kv_lens = self.rows, inputs.ids, inputs.kv_lens
         rows.slot_table.view(-1).index_copy_(0, inputs.grown_at.long(), inputs.slots)
-        last_tokens = rows.last_token.index_select(0, inputs.owners)
+        if inputs.decode_lens is not None:
+            ids = torch.where(ids < 0, rows.last_token.index_select(0, inputs.owners), ids)
+            kv_lens = kv_lens - inputs.decode_lens
         hidden = self._forward(
             Batch(
                 num_decode=0,
-                input_ids=torch.where(inputs.ids < 0, last_tokens, inputs.ids),
+                input_ids=ids,
                 positions=inputs.positions,
                 slots=inputs.slots,
                 rows=inputs.rows,
-                kv_lens=inputs.kv_lens - inputs.decode_lens,
+                kv_lens=kv_lens,
                 decode_lens=inputs.decode_lens,
                 slot_table=rows.slot_table,
                 q_starts=inputs.q_starts,

@@ -15,6 +15,7 @@ from sglang.messages import GenerateRequest, pack, unpack
 from sglang.sampling_params import SamplingParams
 from sglang.server_args import ServerArgs
 from sglang.worker.graphs import StepGraphs, decode_sizes, prefill_sizes
+from sglang.worker.rows import StepArrays
 from tests.engine.inprocess import InProcessEngine
 from tests.models import tiny
 
@@ -33,12 +34,13 @@ class Uncaptured:
 
 
 class RunGraphs(StepGraphs):
-    def _capture(self, run, inputs_class, arrays):
+    def _capture(self, family, size):
+        arrays = family.arrays(StepArrays.empty(), size)
         sizes = [len(array) for array in arrays]
-        inputs = inputs_class(*self._inputs[: sum(sizes)].split(sizes))
+        inputs = family.inputs_class(*self._inputs[: sum(sizes)].split(sizes))
         self._upload(arrays)
-        outputs = run(inputs)
-        return Uncaptured(run, inputs, outputs), outputs
+        outputs = family.run(inputs)
+        return Uncaptured(family.run, inputs, outputs), outputs
 
     def _upload(self, arrays):
         flat = torch.cat([torch.from_numpy(array) for array in arrays])
@@ -98,7 +100,7 @@ def test_steps_in_graphs_give_the_tokens_of_steps_without(engine, seed):
     runner = engine.runner
     expected = run(engine, workload(seed))
     runner.graphs = RunGraphs(
-        runner._decode, runner._mixed, runner.attention, runner.rows,
+        runner._decode, runner._prefill, runner.attention, runner.rows,
         max_rows=6, max_tokens=46, show_progress=False,
     )  # fmt: skip
     try:
@@ -112,6 +114,10 @@ def test_sizes_leave_little_padding_and_end_with_the_largest():
         sizes = decode_sizes(largest)
         assert sizes == sorted(set(sizes)) and sizes[-1] == largest
         assert all(b <= max(2 * a, 1.34 * a + 8) for a, b in itertools.pairwise(sizes))
-    for largest in (10, 16, 100, 8448):
-        sizes = prefill_sizes(largest)
-        assert sizes == sorted(set(sizes)) and sizes[-1] == largest
+    for largest in (10, 16, 100, 2965, 8448):
+        for steps in (2, 4):
+            sizes = prefill_sizes(largest, steps)
+            assert sizes == sorted(set(sizes)) and sizes[-1] == largest
+            assert all(b <= 2 * a for a, b in itertools.pairwise(sizes))
+            assert all(b <= (1 + 1 / steps) * a for a, b in itertools.pairwise(sizes) if a >= 1024)
+    assert prefill_sizes(0, 2) == []

@@ -38,7 +38,9 @@ class Cache:
 
 def qkv(tokens: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> Sequence:
     """q, k and v as the model has them: parts of one tensor."""
-    return randn(tokens, heads + 2 * kv_heads, dim, dtype=dtype).split((heads, kv_heads, kv_heads), 1)
+    return randn(tokens, heads + 2 * kv_heads, dim, dtype=dtype).split(
+        (heads, kv_heads, kv_heads), 1
+    )
 
 
 @pytest.mark.parametrize("seed", seeds(50, 24))
