@@ -68,6 +68,14 @@ class GetStats(Message):
     """Answered by Stats."""
 
 
+class StartProfile(Message):
+    """Begin to note who does what when. The router tells the model workers."""
+
+
+class StopProfile(Message):
+    """Write it down: each process a file in the server's folder (sglang/spans.py)."""
+
+
 # --- router -> tokenizer manager -----------------------------------------------------------------
 
 
@@ -309,9 +317,9 @@ class TextBatch(Message):
     deltas: list[StreamDelta]
 
 
-ToRouter = GenerateRequest | AbortRequest | FlushCache | GetStats
+ToRouter = GenerateRequest | AbortRequest | FlushCache | GetStats | StartProfile | StopProfile
 ToTokenizerManager = EngineReady | FlushCacheReply | Stats | TextBatch
-ToWorker = StepPlan | Shutdown
+ToWorker = StepPlan | StartProfile | StopProfile | Shutdown
 FromWorker = WorkerReady | StepResult
 
 encode = msgspec.msgpack.Encoder().encode

@@ -31,8 +31,8 @@ _TURNS = 4
 
 
 class FlashInferAttention(AttentionBackend):
-    """Decode rows run in one call, prefill rows in another. Decode steps can be captured: plans have
-    a fixed place on the device, where `plan_decode` puts a new one before each replay."""
+    """Decode rows run in one call, prefill rows in another. Decode steps can be captured: a
+    plan has a fixed place on the device, and `plan_decode` puts one there before each replay."""
 
     captures_prefill = False
 

@@ -14,8 +14,10 @@ from sglang.messages import (
     FromWorker,
     GenerateRequest,
     GetStats,
+    StartProfile,
     StepPlan,
     StepResult,
+    StopProfile,
     ToRouter,
     WorkerReady,
     encode,
@@ -25,6 +27,7 @@ from sglang.processes import start_heartbeat
 from sglang.router.grammar import Grammars, grammar_kind, load_tokenizer
 from sglang.router.scheduler import Scheduler
 from sglang.server_args import ServerArgs
+from sglang.spans import Recorder
 
 GRAMMAR_POLL_MS = 2
 
@@ -47,6 +50,10 @@ class Workers:
         header = encode(plan)
         for socket in self._plans:
             socket.send_multipart((header, payload), copy=False)
+
+    def tell(self, message: StartProfile | StopProfile) -> None:
+        for socket in self._plans:
+            socket.send(encode(message))
 
     def recv(self) -> StepResult:
         result = self._decoder.decode(self._results.recv())
@@ -75,30 +82,40 @@ class Router:
         self._grammars = grammars
         self._depth = depth
         self._decoder = Decoder(ToRouter)
+        self._recorder = Recorder("router", 1, addresses.folder)
+        self._lane = self._recorder.lane("router")
 
     def announce(self, ready: EngineReady) -> None:
         self._tokenizer_manager.send(encode(ready))
 
     def run(self) -> None:
-        scheduler, flying = self._scheduler, self._scheduler.flying
+        scheduler, flying, lane = self._scheduler, self._scheduler.flying, self._lane
         while True:
             self._receive(wait=scheduler.is_idle())
             for request, grammar in self._grammars.done():
                 scheduler.add(request, grammar)
                 if grammar is None:
                     scheduler.abort([request.handle])
+            lane.lap("receive")
             if len(flying) < self._depth and (step := scheduler.plan()) is not None:
+                lane.lap("plan", step[0].step)
                 self._workers.send(*step)
+                lane.lap("send", step[0].step)
             elif flying:
-                scheduler.commit(self._workers.recv())
+                result = self._workers.recv()
+                lane.skip()
+                scheduler.commit(result)
+                lane.lap("commit", result.step)
             if (news := scheduler.take_outbox()) is not None:
                 self._detokenizer.send(encode(news))
+                lane.lap("tell the detokenizer")
 
     def _receive(self, wait: bool) -> None:
         """Takes in all that has arrived; with `wait`, waits for something to arrive, or a grammar
         that is being compiled."""
         if wait:
             self._requests.poll(GRAMMAR_POLL_MS if self._grammars.num_pending else None)
+            self._lane.skip()
         while True:
             try:
                 frame = self._requests.recv(zmq.NOBLOCK)
@@ -122,6 +139,9 @@ class Router:
                     stats.grammars = self._grammars.num_compiled
                     stats.grammar_seconds = self._grammars.seconds
                     self._tokenizer_manager.send(encode(stats))
+                case StartProfile() | StopProfile() as message:
+                    self._workers.tell(message)
+                    self._recorder.handle(message)
 
 
 def run_router(args: ServerArgs, model: ModelConfig, addresses: Addresses) -> None:

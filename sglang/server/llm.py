@@ -6,6 +6,7 @@ import itertools
 import threading
 import time
 import weakref
+from pathlib import Path
 from typing import Any, TypeVar
 
 import zmq
@@ -36,6 +37,7 @@ from sglang.sampling_params import SamplingParams
 from sglang.server.detokenizer import Detokenizer
 from sglang.server.limits import Limits
 from sglang.server_args import ServerArgs
+from sglang.spans import Profile
 
 M = TypeVar("M", bound=Message)
 Prompts = str | list[str] | list[int] | list[list[int]]
@@ -65,8 +67,10 @@ class LLM:
         context = zmq.Context()
         self._pids = processes.pids
         self._stop = weakref.finalize(self, _stop, processes, context)
+        self._num_workers = args.tp_size
         try:
             addresses = processes.addresses
+            self._profile = Profile(addresses.folder)
             self._router = connect_outbox(context, addresses.router)
             self._tokens = bind_inbox(context, addresses.detokenizer)
             self._answers = bind_inbox(context, addresses.tokenizer_manager)
@@ -156,6 +160,23 @@ class LLM:
             self._check_alive()
             self._router.send(encode(GetStats()))
             return self._answer(Stats)
+
+    def start_profile(self) -> None:
+        """Raises ValueError if one is being taken."""
+        with self._lock:
+            self._check_alive()
+            self._router.send(encode(self._profile.start()))
+
+    def stop_profile(self, path: str = ".") -> str:
+        """Writes what was done since `start_profile`, for https://ui.perfetto.dev, into this file,
+        or into a new one in this folder; returns its path."""
+        with self._lock:
+            self._check_alive()
+            self._router.send(encode(self._profile.stop()))
+            while not self._profile.is_written(self._num_workers):
+                self._failure.check()
+                time.sleep(0.02)
+            return str(self._profile.join(Path(path)))
 
     def pids(self) -> dict[str, int]:
         """Of the engine's processes, by name."""

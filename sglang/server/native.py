@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import tempfile
 import time
+from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
@@ -65,6 +67,15 @@ class AbortBody(BaseModel):
 
     rid: str | None = None
     abort_all: bool = False
+
+
+class ProfileBody(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    output_dir: str | None = None
+    """Where the trace goes: an existing folder (default: the one for temporary files)."""
+    num_steps: Unsupported = None
+    profile_by_stage: Unsupported = None
 
 
 class TokenizeBody(BaseModel):
@@ -290,6 +301,33 @@ def native_router(service: Service) -> APIRouter:
                 break
             await asyncio.sleep(0.05)
         raise ApiError("the cache is in use: requests are running", status=400)
+
+    folder = Path(tempfile.gettempdir())
+
+    @router.api_route("/start_profile", methods=["GET", "POST"])
+    async def start_profile(body: ProfileBody | None = None) -> dict[str, str]:
+        """Begins to note who does what when: router, launch thread, GPU, reply thread."""
+        nonlocal folder
+        body = body or ProfileBody()
+        refuse_unsupported(body)
+        asked = Path(body.output_dir or tempfile.gettempdir())
+        if not asked.is_dir():
+            raise ApiError(f"output_dir {str(asked)!r} is not a folder", "output_dir")
+        try:
+            manager.start_profile()
+        except ValueError as error:
+            raise ApiError(str(error)) from None
+        folder = asked
+        return {"status": "profiling"}
+
+    @router.api_route("/stop_profile", methods=["GET", "POST"])
+    async def stop_profile() -> dict[str, str]:
+        """Writes the trace, for https://ui.perfetto.dev, and says where it is."""
+        try:
+            path = await manager.stop_profile(service.args.tp_size, folder)
+        except ValueError as error:
+            raise ApiError(str(error)) from None
+        return {"status": "stopped", "trace": str(path)}
 
     @router.post("/abort_request")
     async def abort_request(body: AbortBody) -> dict[str, bool]:

@@ -13,6 +13,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 import zmq
@@ -38,6 +39,7 @@ from sglang.messages import (
 from sglang.sampling_params import SamplingParams
 from sglang.server.limits import NO_LOGPROBS, Limits, LogprobsWanted
 from sglang.server.metrics import Metrics
+from sglang.spans import Profile
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -215,6 +217,7 @@ class TokenizerManager:
         self._vocab_size = vocab_size
         self._limits: Limits | None = None
         self.metrics = Metrics()
+        self._profile = Profile(addresses.folder)
         self._engine: asyncio.Future[EngineReady] = asyncio.get_running_loop().create_future()
         self._handles = itertools.count(1)
         self._sequences: dict[int, Sequence] = {}
@@ -288,6 +291,17 @@ class TokenizerManager:
     async def flush_cache(self) -> bool:
         """False: requests are running."""
         return (await self._ask(FlushCache(), self._flushes)).ok
+
+    def start_profile(self) -> None:
+        """Raises ValueError if one is being taken."""
+        self._router.send(encode(self._profile.start()))
+
+    async def stop_profile(self, num_workers: int, path: Path) -> Path:
+        """The trace, in this file or folder. Raises ValueError if no profile is being taken."""
+        self._router.send(encode(self._profile.stop()))
+        while not self._profile.is_written(num_workers):
+            await asyncio.sleep(0.02)
+        return await asyncio.to_thread(self._profile.join, path)
 
     async def _ask(self, question: object, replies: deque[asyncio.Future[T]]) -> T:
         """The router answers in order."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from queue import SimpleQueue
@@ -10,10 +11,20 @@ import torch
 import zmq
 
 from sglang.addresses import Addresses, bind_inbox, connect_outbox
-from sglang.messages import Decoder, Shutdown, ToWorker, WorkerReady, encode
+from sglang.messages import (
+    Decoder,
+    Shutdown,
+    StartProfile,
+    StopProfile,
+    ToWorker,
+    WorkerReady,
+    encode,
+)
 from sglang.model_config import ModelConfig
 from sglang.processes import start_heartbeat
 from sglang.server_args import ServerArgs
+from sglang.spans import Lane, Recorder
+from sglang.worker.gpu_spans import GPUSpans
 from sglang.worker.parallel import TensorParallel
 from sglang.worker.runner import ModelRunner, PendingStep
 
@@ -27,9 +38,17 @@ class Replies:
     A rank that says nothing waits too: it would not notice otherwise what went wrong on its GPU,
     and the others would wait for it for ever."""
 
-    def __init__(self, device: torch.device, context: zmq.Context, address: str | None) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        context: zmq.Context,
+        address: str | None,
+        lane: Lane,
+        gpu_spans: GPUSpans,
+    ) -> None:
         """address: None on the ranks that say nothing."""
         self._steps: SimpleQueue[PendingStep] = SimpleQueue()
+        self._lane, self._gpu_spans = lane, gpu_spans
         self._failure: BaseException | None = None
         args = (device, context, address)
         self._thread = threading.Thread(target=self._run, args=args, name="reply", daemon=True)
@@ -48,9 +67,14 @@ class Replies:
             torch.cuda.set_device(device)  # of this thread: it would be the first GPU
             socket = None if address is None else connect_outbox(context, address)
             while True:
-                result = self._steps.get().wait()
+                step = self._steps.get()
+                self._lane.skip()
+                result = step.wait()
+                self._lane.lap("wait", step.step)
                 if socket is not None:
                     socket.send(encode(result))
+                self._lane.lap("reply", step.step)
+                self._gpu_spans.tell(step.step)
         except BaseException as failure:
             self._failure = failure
 
@@ -69,9 +93,13 @@ def run_worker(args: ServerArgs, config: ModelConfig, addresses: Addresses, rank
     custom = not args.disable_custom_all_reduce
     tp = TensorParallel.join(rank, args.tp_size, rendezvous, device, custom)
     runner = ModelRunner(args, config, tp)
-    replies = None
+    recorder = Recorder(f"model worker {rank}", 2 + rank, addresses.folder)
+    lane, replies, timed = recorder.lane("launch"), None, contextlib.nullcontext
     if device.type == "cuda":
-        replies = Replies(device, context, addresses.results if rank == 0 else None)
+        gpu_spans, reply_lane = GPUSpans(recorder.lane("GPU")), recorder.lane("reply")
+        address = addresses.results if rank == 0 else None
+        replies = Replies(device, context, address, reply_lane, gpu_spans)
+        timed = gpu_spans.step
     if results is not None:
         ready = WorkerReady(runner.kv_cache.num_slots, runner.rows.num_rows, runner.chunk_size)
         results.send(encode(ready))
@@ -82,12 +110,20 @@ def run_worker(args: ServerArgs, config: ModelConfig, addresses: Addresses, rank
         while not inbox.poll(IDLE_POLL_MS):
             if replies is not None:
                 replies.check()
+        lane.skip()
         header, *payload = inbox.recv_multipart()
         message = decoder.decode(header)
         if isinstance(message, Shutdown):
             return
-        step = runner.launch(message, payload[0])
+        if isinstance(message, StartProfile | StopProfile):
+            recorder.handle(message)
+            continue
+        lane.lap("receive", message.step)
+        with timed(message.step):
+            step = runner.launch(message, payload[0])
         if replies is not None:
             replies.put(step)
-        elif results is not None:
+        lane.lap("launch", message.step)
+        if replies is None and results is not None:
             results.send(encode(step.wait()))
+            lane.lap("reply", message.step)
