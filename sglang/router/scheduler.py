@@ -211,7 +211,7 @@ class Scheduler:
                 break
             reusable = request.reusable()
             cached = self.cache.match_len(reusable)
-            if not request.scores_prompt and claims.cover(request.tokens, cached):
+            if not request.reads_prompt and claims.cover(request.tokens, cached):
                 continue
             slots, node = self.cache.match(reusable)
             self.cache.lock(node)
@@ -310,6 +310,7 @@ class Scheduler:
         in_step = flight.rows()
         rows.flying[in_step] -= 1
         self._pass_on_prompt_logprobs(result)
+        self._pass_on_embeddings(result)
         self._append(flight.sampled_rows(), unpack(result.tokens), result)
         for chunk in flight.chunks:
             if not rows.leaving[chunk.row]:
@@ -355,6 +356,9 @@ class Scheduler:
         known = int(rows.known[row])
         jumps = request.top_logprobs < 0  # forced tokens have no logprobs
         forced = request.grammar.accept(token, int(rows.limit[row]) - known if jumps else 0)
+        stop = next((token for token in forced if token in request.stop_tokens), None)
+        if stop is not None:
+            forced = forced[: forced.index(stop) + 1]
         if forced:
             rows.tokens[row, known : known + len(forced)] = forced
             rows.known[row] = rows.prefill_len[row] = known + len(forced)
@@ -363,7 +367,9 @@ class Scheduler:
             self._forced_tokens += len(forced)
             if not rows.leaving[row]:
                 self._prefilling.append(request)
-        if request.grammar.failed:
+        if stop is not None:
+            self._complete(row, "stop", stop)
+        elif request.grammar.failed:
             self._complete(row, "abort")
         elif request.grammar.is_complete:
             self._complete(row, "stop")
@@ -375,6 +381,13 @@ class Scheduler:
             if not self.rows.ended[scored.owner]:
                 request.prompt_logprobs_from = scored.start + len(scored.logprobs) // 4
                 self._outbox.add_prompt_logprobs(request, scored)
+
+    def _pass_on_embeddings(self, result: StepResult) -> None:
+        for embedding in result.embeddings:
+            request = self.rows.requests[embedding.owner]
+            assert request is not None
+            if not self.rows.ended[embedding.owner]:
+                self._outbox.add_embedding(request, embedding)
 
     def _complete(self, row: int, reason: FinishReason, token: int | None = None) -> None:
         request = self.rows.requests[row]

@@ -13,6 +13,7 @@ from collections import deque
 import numpy as np
 
 from sglang.messages import AbortRequest, GenerateRequest, StepPlan, StepResult, pack, unpack
+from sglang.router.grammar import Grammar
 from sglang.router.scheduler import Scheduler
 from sglang.sampling_params import SamplingParams
 
@@ -20,18 +21,55 @@ VOCABULARY = 50
 EOS = 7
 
 
-def sample(history: tuple[int, ...]) -> int:
-    return hash(history) % VOCABULARY
+def sample(history: tuple[int, ...], allowed: list[int] | None = None) -> int:
+    number = hash(history)
+    return number % VOCABULARY if allowed is None else allowed[number % len(allowed)]
 
 
-def expected_tokens(prompt: list[int], params: SamplingParams) -> list[int]:
+class Riddle(Grammar):
+    """Some tokens are forbidden and some forced, by the hash of what has been said so far."""
+
+    def __init__(self) -> None:
+        self._said: list[int] = []
+
+    def allowed(self) -> list[int]:
+        number = hash((*self._said, 0))
+        return [token for token in range(VOCABULARY) if (number >> token % 13) & 1] or [3]
+
+    def mask(self) -> np.ndarray:
+        bits = np.zeros(64, dtype=np.uint8)
+        bits[self.allowed()] = 1
+        return np.packbits(bits, bitorder="little").view(np.int32)
+
+    def accept(self, token: int, room: int) -> list[int]:
+        assert token in self.allowed(), "the mask came late, or to another row"
+        self._said.append(token)
+        forced: list[int] = []
+        while len(forced) < room and (number := hash((*self._said, 1))) % 3 == 0:
+            forced.append(number // 3 % VOCABULARY)
+            self._said.append(forced[-1])
+        self.is_complete = hash((*self._said, 2)) % 10 == 0
+        return forced
+
+
+def expected_tokens(
+    prompt: list[int], params: SamplingParams, grammar: Grammar | None = None
+) -> list[int]:
     """What the request must yield, whatever runs beside it."""
     tokens = list(prompt)
     stops = {*params.stop_token_ids, *(() if params.ignore_eos else (EOS,))}
-    while len(tokens) < len(prompt) + params.max_new_tokens:
-        tokens.append(sample(tuple(tokens)))
+    limit = len(prompt) + params.max_new_tokens
+    while len(tokens) < limit:
+        tokens.append(sample(tuple(tokens), grammar.allowed() if grammar else None))
         if tokens[-1] in stops:
             break
+        if grammar is not None:
+            for token in grammar.accept(tokens[-1], limit - len(tokens)):
+                tokens.append(token)
+                if token in stops:
+                    return tokens[len(prompt) :]
+            if grammar.is_complete:
+                break
     return tokens[len(prompt) :]
 
 
@@ -59,6 +97,7 @@ class HashingWorker:
             self.slot_table[spec.row, : spec.cached_len] = take(spec.cached_len)
             self.seq_len[spec.row] = spec.cached_len
         prefill_ids = take(plan.num_prefill_tokens)
+        masks = {index: allowed_by(take(2)) for index in plan.masked}
         assert not data, "the payload is longer than its header says"
 
         work = [(row, 1, True) for row in rows[: plan.num_decode]]
@@ -77,9 +116,15 @@ class HashingWorker:
             if samples_now:
                 slots = self.slot_table[row, : self.seq_len[row]]
                 assert (slots >= 0).all(), "reads a position that was never given a slot"
-                self.last_token[row] = sample(tuple(self.memory[slot] for slot in slots))
+                allowed = masks.get(len(tokens))
+                self.last_token[row] = sample(tuple(self.memory[slot] for slot in slots), allowed)
                 tokens.append(self.last_token[row])
         return StepResult(plan.step, pack(tokens))
+
+
+def allowed_by(words: list[int]) -> list[int]:
+    bits = np.unpackbits(np.array(words, dtype=np.int32).view(np.uint8), bitorder="little")
+    return np.flatnonzero(bits).tolist()
 
 
 def take_ids(ids: list[int], n: int) -> list[int]:
@@ -90,8 +135,8 @@ def take_ids(ids: list[int], n: int) -> list[int]:
 class Simulation:
     """A random workload through a scheduler and a hashing worker, `depth` steps in flight.
 
-    Requests share prefixes, some end early on a stop token, some are aborted; results come back
-    late. `run` checks every request's tokens and that nothing leaked.
+    Requests share prefixes, some end early on a stop token, some are aborted, some have a grammar;
+    results come back late. `run` checks every request's tokens and that nothing leaked.
     """
 
     def __init__(self, seed: int, depth: int, scheduler_class=Scheduler) -> None:
@@ -115,6 +160,7 @@ class Simulation:
         self.outputs: dict[int, list[int]] = {}
         self.reasons: dict[int, str] = {}
         self.requests = [self._request(handle) for handle in range(rng.randint(3, 25))]
+        self.constrained = {r.handle for r in self.requests if rng.random() < 0.2}
 
     def _request(self, handle: int) -> GenerateRequest:
         rng = self.rng
@@ -138,7 +184,8 @@ class Simulation:
         aborted: set[int] = set()
         for _ in range(20_000):
             while arriving and (rng.random() < 0.3 or scheduler.is_idle()):
-                scheduler.add(arriving.popleft())
+                request = arriving.popleft()
+                scheduler.add(request, Riddle() if request.handle in self.constrained else None)
             if rng.random() < 0.02 and scheduler.requests:
                 handle = rng.choice(list(scheduler.requests))
                 aborted.add(handle)
@@ -170,7 +217,9 @@ class Simulation:
 
     def _check_tokens(self, aborted: set[int]) -> None:
         for request in self.requests:
-            expected = expected_tokens(unpack(request.input_ids).tolist(), request.params)
+            grammar = Riddle() if request.handle in self.constrained else None
+            prompt = unpack(request.input_ids).tolist()
+            expected = expected_tokens(prompt, request.params, grammar)
             got = self.outputs[request.handle]
             if self.reasons[request.handle] == "abort":
                 assert request.handle in aborted
