@@ -42,7 +42,8 @@ class Grammar(ABC):
 
     @abstractmethod
     def mask(self) -> np.ndarray:
-        """int32[ceil(V / 32)]: bit t % 32 of word t // 32 is set where token t may be next."""
+        """int32[ceil(V / 32)]: bit t % 32 of word t // 32 is set where token t may be next. Costs
+        nothing: `accept` has made it."""
 
     @abstractmethod
     def accept(self, token: int, room: int) -> list[int]:
@@ -53,9 +54,10 @@ class Grammar(ABC):
 class _Matcher(Grammar):
     def __init__(self, matcher: LLMatcher) -> None:
         self._matcher = matcher
+        self._mask = matcher.compute_bitmask()
 
     def mask(self) -> np.ndarray:
-        return np.frombuffer(self._matcher.compute_bitmask(), dtype=np.int32)
+        return np.frombuffer(self._mask, dtype=np.int32)
 
     def accept(self, token: int, room: int) -> list[int]:
         matcher = self._matcher
@@ -66,6 +68,8 @@ class _Matcher(Grammar):
                 matcher.consume_tokens(forced)
         self.is_complete = matcher.is_stopped()
         self.failed = matcher.is_error()
+        if not self.is_complete:
+            self._mask = matcher.compute_bitmask()
         return forced
 
 

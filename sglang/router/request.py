@@ -136,7 +136,9 @@ class Rows:
         self.ended = column(bool)
         """Leaving for good: results that still come are dropped. (Preempted: they count.)"""
         self.constrained = column(bool)
-        """By a grammar: not planned while flying, as its mask needs the last token."""
+        """By a grammar: not planned while flying, as its mask needs the last token..."""
+        self.unread = column(bool)
+        """...nor before the grammar has taken that in."""
         self.stop_tokens = np.full((num_rows, 4), NO_TOKEN, dtype=np.int32)
         self._free = list(range(num_rows))[::-1]
 
@@ -160,7 +162,7 @@ class Rows:
         self.limit[row] = request.limit
         self.handle[row] = request.handle
         self.open[row], self.leaving[row], self.ended[row] = True, False, False
-        self.constrained[row] = request.grammar is not None
+        self.constrained[row], self.unread[row] = request.grammar is not None, False
         missing = len(request.stop_tokens) - self.stop_tokens.shape[1]
         if missing > 0:
             wider = np.full((self.num_rows, missing), NO_TOKEN, dtype=np.int32)

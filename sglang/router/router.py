@@ -55,6 +55,9 @@ class Workers:
         for socket in self._plans:
             socket.send(encode(message))
 
+    def has_result(self) -> bool:
+        return bool(self._results.poll(0))
+
     def recv(self) -> StepResult:
         result = self._decoder.decode(self._results.recv())
         assert isinstance(result, StepResult)
@@ -102,6 +105,8 @@ class Router:
                 self._workers.send(*step)
                 lane.lap("send", step[0].step)
             elif flying:
+                while not self._workers.has_result() and scheduler.follow_grammar():
+                    pass
                 result = self._workers.recv()
                 lane.skip()
                 scheduler.commit(result)

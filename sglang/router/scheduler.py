@@ -8,6 +8,7 @@ every request catches up with its tokens, a chunk or a token at a time.
 from __future__ import annotations
 
 import random
+import time
 from collections import deque
 
 import numpy as np
@@ -28,6 +29,9 @@ from sglang.router.radix_cache import RadixCache
 from sglang.router.request import Request, Rows
 from sglang.router.slots import SlotAllocator
 from sglang.router.waiting import Claims, WaitingQueue
+
+GRAMMAR_SECONDS = 0.5e-3
+"""So long a plan may wait for grammars while another step runs."""
 
 
 class FutureTokens:
@@ -72,6 +76,7 @@ class Scheduler:
         self.flying: deque[Flight] = deque()
         self.requests: dict[int, Request] = {}
         self._prefilling: list[Request] = []  # prompt not planned to its end; in admission order
+        self._unread: dict[Request, int] = {}  # constrained -> the token its grammar takes in next
         self._chunk_size = chunk_size
         self._eos = eos
         self._future = FutureTokens(conservativeness)
@@ -129,6 +134,9 @@ class Scheduler:
     def plan(self) -> tuple[StepPlan, bytes] | None:
         """The next step and its payload; None if there is nothing to do before a commit."""
         builder = PlanBuilder(self._steps)
+        deadline = time.perf_counter() + GRAMMAR_SECONDS
+        while (not self.flying or time.perf_counter() < deadline) and self.follow_grammar():
+            pass
         self._plan_decode(builder)
         budget = self._plan_chunks(builder, self._prefilling, self._chunk_size)
         self._plan_chunks(builder, self._admit(builder, budget), budget)
@@ -168,7 +176,7 @@ class Scheduler:
         rows = self.rows
         ready = (
             rows.running() & (rows.planned >= rows.prefill_len) & (rows.planned < rows.limit - 1)
-        ) & ~(rows.constrained & (rows.flying > 0))
+        ) & ~(rows.constrained & ((rows.flying > 0) | rows.unread))
         return np.flatnonzero(ready).astype(np.int32)
 
     def _plan_chunks(self, builder: PlanBuilder, requests: list[Request], budget: int) -> int:
@@ -291,7 +299,9 @@ class Scheduler:
     def _preempt(self, request: Request) -> None:
         self._preemptions += 1
         self._future.preempted()
-        self._leave(request, ended=False)
+        if request in self._unread:
+            self._take_in_token(request)
+        self._leave(request, ended=bool(self.rows.ended[request.row]))
 
     def _restart_all(self) -> tuple[StepPlan, bytes] | None:
         """Nothing flies and the running requests cannot go on: their private copies of what the
@@ -343,36 +353,15 @@ class Scheduler:
             self._complete(row, "stop", int(token))
         constrained = rows.constrained[kept] & ~stopped
         for row, token in zip(kept[constrained], new[constrained], strict=True):
-            self._follow_grammar(int(row), int(token))
-        alive = sampled[counts]
-        for row in alive[(rows.known[alive] >= rows.limit[alive]) & ~rows.ended[alive]]:
+            request = rows.requests[row]
+            assert request is not None
+            self._unread[request] = int(token)
+            rows.unread[row] = True
+            if rows.leaving[row]:  # it is about to be settled
+                self._take_in_token(request)
+        full = sampled[counts & (rows.known[sampled] >= rows.limit[sampled])]
+        for row in full[~rows.ended[full] & ~rows.unread[full]]:
             self._complete(row, "length")
-
-    def _follow_grammar(self, row: int, token: int) -> None:
-        """A constrained row's new token, and the tokens that its grammar then leaves no choice of:
-        they are known at once, and prefilled (SGLang's jump-forward decoding)."""
-        rows, request = self.rows, self.rows.requests[row]
-        assert request is not None and request.grammar is not None
-        known = int(rows.known[row])
-        jumps = request.top_logprobs < 0  # forced tokens have no logprobs
-        forced = request.grammar.accept(token, int(rows.limit[row]) - known if jumps else 0)
-        stop = next((token for token in forced if token in request.stop_tokens), None)
-        if stop is not None:
-            forced = forced[: forced.index(stop) + 1]
-        if forced:
-            rows.tokens[row, known : known + len(forced)] = forced
-            rows.known[row] = rows.prefill_len[row] = known + len(forced)
-            self._outbox.add_forced(request, forced)
-            self._generated_tokens += len(forced)
-            self._forced_tokens += len(forced)
-            if not rows.leaving[row]:
-                self._prefilling.append(request)
-        if stop is not None:
-            self._complete(row, "stop", stop)
-        elif request.grammar.failed:
-            self._complete(row, "abort")
-        elif request.grammar.is_complete:
-            self._complete(row, "stop")
 
     def _pass_on_prompt_logprobs(self, result: StepResult) -> None:
         for scored in result.prompt_logprobs:
@@ -429,6 +418,7 @@ class Scheduler:
         self.cache.unlock(request.node)
         request.node = None
         ended = bool(rows.ended[row])
+        self._unread.pop(request, None)
         if request in self._prefilling:
             self._prefilling.remove(request)
         rows.close_row(row)
@@ -436,6 +426,51 @@ class Scheduler:
             del self.requests[request.handle]
         else:
             self.waiting.put_back(request)
+
+    # --- grammars ----------------------------------------------------------------------------
+
+    def follow_grammar(self) -> bool:
+        """Lets one constrained row's grammar take in its last token: most of what such a row costs
+        here, so it is done while a step runs. False: there is none that has to."""
+        request = next(iter(self._unread), None)
+        if request is None:
+            return False
+        self._take_in_token(request)
+        if self.rows.ended[request.row]:
+            self._settle(request)
+        return True
+
+    def _take_in_token(self, request: Request) -> None:
+        """A constrained row's new token, and the tokens that its grammar then leaves no choice of:
+        they are known at once, and prefilled (SGLang's jump-forward decoding)."""
+        rows, row, grammar = self.rows, request.row, request.grammar
+        assert grammar is not None
+        token = self._unread.pop(request)
+        rows.unread[row] = False
+        known = int(rows.known[row])
+        jumps = request.top_logprobs < 0  # forced tokens have no logprobs
+        forced = grammar.accept(token, int(rows.limit[row]) - known if jumps else 0)
+        stop = next((token for token in forced if token in request.stop_tokens), None)
+        if stop is not None:
+            forced = forced[: forced.index(stop) + 1]
+        if forced:
+            rows.tokens[row, known : known + len(forced)] = forced
+            rows.known[row] = rows.prefill_len[row] = known + len(forced)
+            self._outbox.add_forced(request, forced)
+            self._generated_tokens += len(forced)
+            self._forced_tokens += len(forced)
+            if not rows.leaving[row]:
+                self._prefilling.append(request)
+        if stop is not None:
+            self._complete(row, "stop", stop)
+        elif grammar.failed:
+            self._complete(row, "abort")
+        elif grammar.is_complete:
+            self._complete(row, "stop")
+        elif rows.known[row] >= rows.limit[row]:
+            self._complete(row, "length")
+
+    # --- figures -----------------------------------------------------------------------------
 
     def stats(self) -> Stats:
         free = self.allocator.num_free + self.cache.num_evictable
