@@ -29,6 +29,10 @@ def unpack(data: bytes) -> np.ndarray:
     return np.frombuffer(data, dtype=np.int32)
 
 
+Pooling = Literal["last", "mean"]
+"""The final hidden state of a prompt's last token, or the mean of all its tokens'."""
+
+
 class Message(msgspec.Struct, tag=True, array_like=True):
     """One frame on a socket: `encode(message)`, and `Decoder(A | B)` where it arrives."""
 
@@ -48,6 +52,8 @@ class GenerateRequest(Message):
     """-1: no logprobs; k >= 0: the sampled token's logprob and the k most likely tokens'."""
     prompt_logprobs_from: int = -1
     """-1: none; p >= 0: also the logprobs of the prompt tokens from position p on."""
+    pooling: Pooling | None = None
+    """With max_new_tokens = 0: an embedding of the prompt is what is wanted."""
 
 
 class AbortRequest(Message):
@@ -147,6 +153,7 @@ class RowSpec(Message):
     """-1: none; p >= 0: of the prompt's tokens from position p on (the first token has none)."""
     prompt: bytes = b""
     """int32; empty unless there are prompt logprobs."""
+    pooling: Pooling | None = None
 
 
 class StepPlan(Message):
@@ -215,6 +222,15 @@ class PromptLogprobs(Message):
     """float32[n * k]"""
 
 
+class Embedding(Message):
+    """Of a whole prompt, not normalized."""
+
+    owner: int
+    """The row, where a worker says it; the handle, from the router on."""
+    values: bytes
+    """float32[hidden_size]"""
+
+
 class StepResult(Message):
     """tokens: int32, one for each row that samples, in plan order (decode rows, then prefill rows
     whose `sample` is 1)."""
@@ -223,6 +239,7 @@ class StepResult(Message):
     tokens: bytes
     logprobs: list[Logprobs] = []
     prompt_logprobs: list[PromptLogprobs] = []
+    embeddings: list[Embedding] = []
 
 
 # --- router -> detokenizer -----------------------------------------------------------------------
@@ -269,6 +286,7 @@ class TokenBatch(Message):
     logprobs: dict[int, TokenLogprob] = {}
     """By index into `tokens`, for the requests that asked."""
     prompt_logprobs: list[PromptLogprobs] = []
+    embeddings: list[Embedding] = []
 
 
 # --- detokenizer -> tokenizer manager ------------------------------------------------------------
@@ -309,6 +327,8 @@ class StreamDelta(Message):
     """Set, with cached_tokens, in a request's first delta."""
     cached_tokens: int = 0
     prompt_logprobs: list[PromptLogprobs] = []
+    embedding: bytes = b""
+    """float32[hidden_size] in the only delta of a request that wants one."""
 
 
 class TextBatch(Message):

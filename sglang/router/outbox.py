@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from sglang.messages import (
+    Embedding,
     FinishReason,
     Logprobs,
     PromptLogprobs,
@@ -72,6 +73,10 @@ class Outbox:
     def add_prompt_logprobs(self, request: Request, scored: PromptLogprobs) -> None:
         scored.owner = request.handle
         self._batch.prompt_logprobs.append(scored)
+
+    def add_embedding(self, request: Request, embedding: Embedding) -> None:
+        embedding.owner = request.handle
+        self._batch.embeddings.append(embedding)
 
     def finish(self, request: Request, reason: FinishReason, token: int | None = None) -> None:
         if not request.announced:

@@ -38,6 +38,7 @@ class Request:
         self.top_logprobs = message.top_logprobs
         self.prompt_logprobs_from = message.prompt_logprobs_from
         """Of the prompt tokens from here on the logprobs are still wanted; -1: of none."""
+        self.pooling = message.pooling
         self.grammar = grammar
         self.arrival = 0
         """Requests arrive in this order; a preempted one keeps its place."""
@@ -58,9 +59,16 @@ class Request:
         """Logprobs of some of its prompt's tokens are still wanted."""
         return 0 <= self.prompt_logprobs_from < self.prompt_len
 
+    @property
+    def reads_prompt(self) -> bool:
+        """More of its prompt than the last token's result is wanted."""
+        return self.scores_prompt or self.pooling == "mean"
+
     def reusable(self) -> np.ndarray:
-        """The tokens that need not be computed if their KV is cached: those whose logits nobody
-        wants."""
+        """The tokens that need not be computed if their KV is cached: those whose logits or hidden
+        states nobody wants."""
+        if self.pooling == "mean":
+            return self.tokens[:0]
         if self.scores_prompt:
             return self.tokens[: max(self.prompt_logprobs_from - 1, 0)]
         return self.tokens[:-1]
@@ -91,6 +99,7 @@ class Request:
             history=pack(self.tokens) if has_penalties else b"",
             prompt_logprobs_from=self.prompt_logprobs_from if self.scores_prompt else -1,
             prompt=pack(self.tokens[: self.prompt_len]) if self.scores_prompt else b"",
+            pooling=self.pooling,
         )
 
     def __repr__(self) -> str:

@@ -17,6 +17,7 @@ from sglang.server.gate import Gate
 from sglang.server.native import native_router
 from sglang.server.openai.chat import chat_router
 from sglang.server.openai.completions import completions_router
+from sglang.server.openai.embeddings import embeddings_router
 from sglang.server.service import Service
 
 
@@ -35,6 +36,7 @@ def build_app(service: Service) -> FastAPI:
         )
     app.include_router(completions_router(service))
     app.include_router(chat_router(service))
+    app.include_router(embeddings_router(service))
     app.include_router(native_router(service))
 
     def card() -> dict[str, Any]:

@@ -78,7 +78,8 @@ class _Stream:
     """One request, as the detokenizer knows it."""
 
     __slots__ = (
-        "decoder", "ids", "logprobs", "num_tokens", "opened", "prompt_logprobs", "stops", "told"
+        "decoder", "embedding", "ids", "logprobs", "num_tokens", "opened", "prompt_logprobs",
+        "stops", "told",
     )  # fmt: skip
 
     def __init__(self, opened: StreamOpened, tokenizer: Tokenizer | None, lazy: bool) -> None:
@@ -87,6 +88,7 @@ class _Stream:
         self.logprobs: list[TokenLogprob] = []
         """Of tokens that no delta has told yet."""
         self.prompt_logprobs: list[PromptLogprobs] = []
+        self.embedding = b""
         self.told = False
         """The tokenizer manager has had a first delta."""
         self.stops = StopFinder(opened.stop, opened.no_stop_trim) if opened.stop else None
@@ -133,6 +135,9 @@ class Detokenizer:
         for scored in batch.prompt_logprobs:
             if (stream := self._streams.get(scored.owner)) is not None:
                 stream.prompt_logprobs.append(scored)
+        for embedding in batch.embeddings:
+            if (stream := self._streams.get(embedding.owner)) is not None:
+                stream.embedding = embedding.values
 
         deltas: list[StreamDelta] = []
         stopped: list[int] = []
@@ -181,7 +186,7 @@ class Detokenizer:
         stream.logprobs = []
         if not stream.told:
             stream.told = True
-            delta.prompt_logprobs = stream.prompt_logprobs
+            delta.prompt_logprobs, delta.embedding = stream.prompt_logprobs, stream.embedding
             delta.prompt_tokens, delta.cached_tokens = opened.prompt_len, opened.cached_len
         if matched is not None or finished is not None:
             reason = "stop" if matched is not None else finished.reason  # type: ignore[union-attr]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import msgspec
 import numpy as np
 
-from sglang.messages import GenerateRequest, pack
+from sglang.messages import GenerateRequest, Pooling, pack
 from sglang.sampling_params import SamplingParams
 
 
@@ -38,6 +38,7 @@ class Limits:
         ids: list[int],
         params: SamplingParams,
         logprobs: LogprobsWanted = NO_LOGPROBS,
+        pooling: Pooling | None = None,
     ) -> GenerateRequest:
         """The message to the router, with `max_new_tokens` set, if it can ever be served."""
         params.verify(self.vocab_size)
@@ -61,7 +62,9 @@ class Limits:
                 f"max_new_tokens is {params.max_new_tokens}, and the prompt has {len(ids)} tokens: "
                 f"{self._name_limit()} {len(ids) + room} tokens for both"
             )
-        return GenerateRequest(handle, pack(array), params, logprobs.top, logprobs.prompt_from)
+        return GenerateRequest(
+            handle, pack(array), params, logprobs.top, logprobs.prompt_from, pooling
+        )
 
     def _check_ids(self, ids: list[int]) -> np.ndarray:
         if not ids:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from sglang.messages import EngineReady
+from sglang.messages import EngineReady, Pooling
 from sglang.router.grammar import check_grammar, grammar_kind
 from sglang.sampling_params import SamplingParams
 from sglang.server.errors import ApiError, bad_value
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from sglang.server_args import ServerArgs
     from sglang.tokenizer import Tokenizer
 
-MAX_SEQUENCES = 1024
+MAX_SEQUENCES = 2048
 """Of one request: its prompts times n."""
 _LONG_TEXT = 4096
 """Characters (and 100 for each text): tokenizing more than this would hold up every stream, so a
@@ -107,6 +107,7 @@ class Service:
         stream: bool,
         names: dict[str, str],
         logprobs: LogprobsWanted = NO_LOGPROBS,
+        pooling: Pooling | None = None,
     ) -> Generation:
         """n sequences of each prompt, in order: those of prompt i have indices i*n ... i*n + n-1.
 
@@ -127,7 +128,7 @@ class Service:
             for i in range(n)
         ]
         try:
-            return self.manager.generate(rid, sequences, stream, logprobs)
+            return self.manager.generate(rid, sequences, stream, logprobs, pooling)
         except ValueError as error:
             raise bad_value(error, names) from None
 

@@ -26,6 +26,7 @@ from sglang.messages import (
     FlushCache,
     FlushCacheReply,
     GetStats,
+    Pooling,
     PromptLogprobs,
     Stats,
     StreamDelta,
@@ -53,7 +54,7 @@ class Sequence:
     """One sequence of a generation: what it has said that its reader has not taken yet."""
 
     __slots__ = (
-        "cached_tokens", "end", "first_at", "generation", "handle", "ids", "index", "is_news",
+        "cached_tokens", "embedding", "end", "first_at", "generation", "handle", "ids", "index", "is_news",
         "logprobs", "num_taken", "prompt_logprobs", "prompt_tokens", "text",
     )  # fmt: skip
 
@@ -69,6 +70,8 @@ class Sequence:
         self.num_taken = 0
         """...and of how many `take_logprobs` has told."""
         self.prompt_logprobs: list[PromptLogprobs] = []
+        self.embedding = b""
+        """float32[hidden_size], packed, if the request wants one."""
         self.prompt_tokens = prompt_len
         self.cached_tokens = 0
         self.first_at = 0.0
@@ -162,6 +165,7 @@ class Generation:
         if delta.prompt_logprobs:
             sequence.prompt_logprobs += delta.prompt_logprobs
         if delta.end is not None:
+            sequence.embedding = delta.embedding
             sequence.end = delta.end
             self._open -= 1
         if self._wants_deltas:
@@ -244,6 +248,7 @@ class TokenizerManager:
         prompts: list[tuple[list[int], SamplingParams]],
         wants_deltas: bool,
         logprobs: LogprobsWanted = NO_LOGPROBS,
+        pooling: Pooling | None = None,
     ) -> Generation:
         """Sends the prompts to the router, if all of them are fit to be served.
 
@@ -253,7 +258,7 @@ class TokenizerManager:
         if rid in self._generations:
             raise ValueError(f"rid {rid} is that of a running request")
         requests = [
-            self._limits.request(self._next_handle(), ids, params, logprobs)
+            self._limits.request(self._next_handle(), ids, params, logprobs, pooling)
             for ids, params in prompts
         ]
         generation = Generation(self, rid, wants_deltas)

@@ -15,6 +15,7 @@ from sglang.models.checkpoint import open_checkpoint
 from sglang.models.registry import build_model
 from sglang.server_args import ServerArgs
 from sglang.worker.batch import Batch
+from sglang.worker.embeddings import PooledRow, Pooler
 from sglang.worker.graphs import (
     DecodeInputs,
     GraphOutputs,
@@ -39,7 +40,8 @@ class PendingStep:
     wanted: np.ndarray | None  # which of them; None: all
     logprobs: RowLogprobs | None
     copied: torch.cuda.Event | None  # None: they are there
-    prompts: list[ScoredSpan] = field(default_factory=list)
+    prompts: Sequence[ScoredSpan]
+    pooled: Sequence[PooledRow]
 
     def wait(self) -> StepResult:
         if self.copied is not None:
@@ -51,6 +53,7 @@ class PendingStep:
             pack(tokens if self.wanted is None else tokens[self.wanted]),
             logprobs,
             [span.message() for span in self.prompts],
+            [row.message() for row in self.pooled],
         )
 
 
@@ -120,7 +123,7 @@ class ModelRunner:
         self.chunk_size = limits.chunked_prefill_size
         self.rows = RowState(num_rows, config.context_len, self.device)
         self.sampler = Sampler(num_rows, config.vocab_size, self.device, sharded=tp.size > 1)
-        self.prompt_scorer = PromptScorer()
+        self.prompt_scorer, self.pooler = PromptScorer(), Pooler()
 
         # CUDA graphs
         self.graphs = None
@@ -144,12 +147,18 @@ class ModelRunner:
         step = self.rows.advance(plan, payload)
         if plan.opened:
             self._open(plan.opened, step)
-        spans = self.prompt_scorer.spans(step)
-        graphs = self.graphs if not spans else None  # a graph has no logits of prompts
+        scored, pooled = self.prompt_scorer.spans(step), self.pooler.spans(step)
+        graphs = None if scored or pooled else self.graphs  # a graph has no hidden states
         outputs = graphs.replay(step) if graphs is not None else None
         if outputs is None:
-            tokens, logprobs, prompts = self._run(step, spans)
-            return self._send_home(plan.step, tokens, logprobs, prompts=prompts)
+            tokens, logprobs, hidden = self._run(step)
+            return self._send_home(
+                plan.step,
+                tokens,
+                logprobs,
+                prompts=[span.score(hidden, self.model.logits) for span in scored],
+                pooled=self.pooler.pool(pooled, hidden),
+            )
         if self.sampler.is_plain(step.rows) and not plan.masked:
             return self._send_home(
                 plan.step, outputs.tokens[: len(step.rows)], None, step.sample_of
@@ -162,6 +171,7 @@ class ModelRunner:
         for spec in specs:
             self.sampler.open(spec)
             self.prompt_scorer.open(spec)
+            self.pooler.open(spec)
         opened, params, cached_at, cached_slots = self._to_device(
             step.opened, step.params.reshape(-1), step.cached_at, step.cached_slots
         )
@@ -169,10 +179,8 @@ class ModelRunner:
         if len(cached_at):
             self.rows.slot_table.view(-1).index_copy_(0, cached_at.long(), cached_slots)
 
-    def _run(
-        self, step: StepArrays, spans: list[Span]
-    ) -> tuple[torch.Tensor, RowLogprobs | None, list[ScoredSpan]]:
-        """A step without a graph."""
+    def _run(self, step: StepArrays) -> tuple[torch.Tensor, RowLogprobs | None, torch.Tensor]:
+        """A step without a graph -> (tokens, logprobs, hidden states [T, H])."""
         d, rows = step.num_decode, self.rows
         starts = np.zeros(len(step.rows) - d + 1, dtype=np.int32)
         np.cumsum(step.q_lens[d:], out=starts[1:])
@@ -207,14 +215,12 @@ class ModelRunner:
                 kv_lens_host=step.kv_lens,
             )
         )
-        prompts = [span.score(hidden, self.model.logits) for span in spans]
         if len(sampled) == 0:
-            return sample_rows, None, prompts
-        if len(sampled) < len(hidden):
-            hidden = hidden.index_select(0, sample_at)
+            return sample_rows, None, hidden
+        last = hidden if len(sampled) == len(hidden) else hidden.index_select(0, sample_at)
         params = rows.params.index_select(1, sample_rows)
         head, logprobs = self.model.lm_head, None
-        logits = head(hidden)
+        logits = head(last)
         if self.sampler.is_plain(sampled) and len(step.masked) == 0:
             tokens = draw(logits, head, params, sample_positions)
         else:
@@ -223,7 +229,7 @@ class ModelRunner:
                 self._masks(step),
             )  # fmt: skip
         rows.last_token.index_copy_(0, sample_rows.long(), tokens)
-        return tokens, logprobs, prompts
+        return tokens, logprobs, hidden
 
     def _masks(self, step: StepArrays) -> Masks | None:
         if len(step.masked) == 0:
@@ -329,11 +335,12 @@ class ModelRunner:
         logprobs: RowLogprobs | None,
         wanted: np.ndarray | None = None,
         prompts: Sequence[ScoredSpan] = (),
+        pooled: Sequence[PooledRow] = (),
     ) -> PendingStep:
         if self.checks_ranks:
             self.tp.assert_same(tokens)
         if self.device.type != "cuda":
-            return PendingStep(step, tokens, wanted, logprobs, None, list(prompts))
+            return PendingStep(step, tokens, wanted, logprobs, None, prompts, pooled)
 
         def to_host(x: torch.Tensor) -> torch.Tensor:
             pinned = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
@@ -347,7 +354,8 @@ class ModelRunner:
                 top_ids=to_host(logprobs.top_ids),
             )
         prompts = [span.map(to_host) for span in prompts]
+        pooled = [row.map(to_host) for row in pooled]
         tokens = to_host(tokens)
         copied = torch.cuda.Event()
         copied.record()
-        return PendingStep(step, tokens, wanted, logprobs, copied, prompts)
+        return PendingStep(step, tokens, wanted, logprobs, copied, prompts, pooled)

@@ -91,7 +91,7 @@ TABLE = [
     ((COMPLETIONS, {"prompt": [5] * 8193}), "prompt", "8192"),
     ((COMPLETIONS, {"prompt": "word " * 9000}), "prompt", "8192"),
     ((COMPLETIONS, {"prompt": [5] * 8190, "max_tokens": 3}), "max_tokens", "8192"),
-    ((COMPLETIONS, {"prompt": ["hi"] * 1000, "n": 2}), "n", "1024"),
+    ((COMPLETIONS, {"prompt": ["hi"] * 1000, "n": 3}), "n", "2048"),
     ((CHAT, {}), "messages", "required"),
     ((CHAT, {"messages": []}), "messages", "at least 1"),
     ((CHAT, {"messages": "hi"}), "messages", "list"),

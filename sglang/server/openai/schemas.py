@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema
 
+from sglang.messages import Pooling
 from sglang.sampling_params import MAX_TOP_LOGPROBS
 from sglang.server.errors import ApiError
 from sglang.server.openai.tool_calls import forced_calls_schema
@@ -170,6 +171,19 @@ class CompletionRequest(_Sampling):
             raise ApiError("best_of must be at least n", "best_of")
         if self.best_of is not None and self.best_of > (self.n or 1) and self.stream:
             raise ApiError("best_of cannot be streamed: the best is known at the end", "best_of")
+
+
+class EmbeddingRequest(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    model: str | None = None
+    input: Prompts
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = Field(None, ge=1)
+    """So many values of each vector, scaled anew to length 1."""
+    pooling: Pooling = "last"
+    """Of which tokens the hidden states count: the last one's, or the mean of all."""
+    user: str | None = None
 
 
 class ChatMessage(BaseModel):
