@@ -1,67 +1,105 @@
-"""One rank, two or four: the same tokens; and a rank that dies or hangs takes all down."""
+"""Servers of several ranks: they say what one rank says; one that dies or hangs ends its server,
+with its name and within ten seconds, and no other one."""
 
 from __future__ import annotations
 
-import os
 import signal
+import threading
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import psutil
 import pytest
+import requests
 
 import sglang
+from sglang.worker.parallel import TensorParallel
+from tests.e2e.serving import Server
+from tests.engine.ranks import outputs_of, params_of
 from tests.models import tiny
 
-LOAD = {"max_total_tokens": 260, "chunked_prefill_size": 16, "schedule_conservativeness": 0.0}
-"""So little that prompts come in chunks and requests are preempted."""
+PROMPTS = [[(7 * i + j * j) % 99 for j in range(5 + 4 * i)] for i in range(12)]
+POOL = ("--max-total-tokens", "180", "--chunked-prefill-size", "16", "--max-running-requests", "16")
 
 
-def prompts_of(vocabulary: int) -> list[list[int]]:
-    return [[(7 * i + j * j) % vocabulary for j in range(5 + 3 * i)] for i in range(12)]
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    tiny.make("Qwen3").save_pretrained(path)
+    return path
 
 
-def tokens_of(path: str, tp_size: int, vocabulary: int, **flags) -> list[list[list[int]]]:
-    greedy = {"temperature": 0, "max_new_tokens": 24, "ignore_eos": True}
-    seeded = [greedy | {"temperature": 1.0, "top_k": 20, "seed": i} for i in range(12)]
-    prompts = prompts_of(vocabulary)
-    flags = {"device": "cpu", "dtype": "float32", "skip_tokenizer_init": True, **flags}
-    flags["check_ranks"] = True
-    with sglang.LLM(path, tp_size=tp_size, **flags) as llm:
-        replies = [llm.generate(prompts, params, use_tqdm=False) for params in (greedy, seeded)]
-        assert llm.stats().preemptions > 0
-    return [[reply["output_ids"] for reply in each] for each in replies]
+def start(folder: Path) -> Server:
+    flags = ("--model-path", str(folder), "--skip-tokenizer-init", "--check-ranks", *POOL)
+    return Server("--tp", "2", "--schedule-conservativeness", "0", *flags).wait_ready()
 
 
-@pytest.mark.parametrize("family", ["Qwen3", "Mistral"])
-def test_two_and_four_ranks_give_the_tokens_of_one(family, tmp_path):
-    tiny.make(family).save_pretrained(tmp_path)
-    expected = tokens_of(str(tmp_path), 1, 99, **LOAD)
-    for size in (2, 4):
-        assert tokens_of(str(tmp_path), size, 99, **LOAD) == expected
+@pytest.fixture(scope="module")
+def server(folder) -> Iterator[Server]:
+    server = start(folder)
+    yield server
+    server.stop()
 
 
-def test_the_demo_model_gives_the_same_tokens_on_three_ranks():
-    """It has nine heads: two ranks cannot share them."""
-    load = {**LOAD, "context_length": 256}
-    assert tokens_of("", 3, 40_000, **load) == tokens_of("", 1, 40_000, **load)
+def answers(server: Server) -> list[list[int]]:
+    """To all prompts at once."""
+
+    def ask(i: int) -> list[int]:
+        p = params_of(i)
+        fields = ("max_new_tokens", "ignore_eos", "temperature", "seed", "top_k", "top_p")
+        params = {name: getattr(p, name) for name in (*fields, "frequency_penalty")}
+        return server.generate(input_ids=PROMPTS[i], sampling_params=params)["output_ids"]
+
+    with ThreadPoolExecutor(len(PROMPTS)) as pool:
+        return list(pool.map(ask, range(len(PROMPTS))))
+
+
+def test_two_ranks_behind_http_say_what_one_says(server, folder):
+    assert answers(server) == outputs_of(str(folder), PROMPTS, TensorParallel())
+    assert server.stats()["preemptions"] > 0
+
+
+@pytest.mark.parametrize(
+    ("signum", "cause"),
+    [
+        (signal.SIGKILL, "was killed by signal 9 (SIGKILL)"),
+        (signal.SIGSTOP, "hangs: no sign of life"),
+    ],
+)
+def test_a_lost_rank_ends_its_server_and_no_other(signum, cause, server, folder):
+    expected = answers(server)
+    doomed = start(folder)
+    assert doomed.url != server.url
+    children = doomed.children()
+    assert {"model worker 0", "model worker 1"} < set(children)
+    ended = threading.Event()
+
+    def load() -> None:
+        while not ended.is_set():
+            try:
+                answers(doomed)
+            except requests.RequestException:
+                return
+
+    loading = threading.Thread(target=load)
+    loading.start()
+    while doomed.stats()["running"] == 0:
+        time.sleep(0.01)
+    children["model worker 1"].send_signal(signum)
+    lost_at = time.monotonic()
+    assert doomed.process.wait(timeout=10) == 1
+    seconds = time.monotonic() - lost_at
+    ended.set()
+    loading.join(5)
+    print(f"model worker 1 {cause}: the server ended {seconds:.2f} s later")
+    assert doomed.stderr().strip().splitlines()[-1] == f"error: model worker 1 {cause}"
+    _, alive = psutil.wait_procs(children.values(), timeout=1)
+    assert not alive
+    assert answers(server) == expected
 
 
 def test_a_number_of_ranks_that_does_not_divide_the_heads_is_refused():
-    with pytest.raises(ValueError, match="9"):
+    with pytest.raises(ValueError, match="--tp-size 2 does not divide the model: 9 attention"):
         sglang.LLM(device="cpu", tp_size=2)
-
-
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_lost_rank_ends_the_engine_within_ten_seconds_and_is_named(how, tmp_path):
-    tiny.make("Qwen3").save_pretrained(tmp_path)
-    llm = sglang.LLM(
-        str(tmp_path), tp_size=2, device="cpu", dtype="float32", skip_tokenizer_init=True
-    )
-    pids = llm.pids()
-    llm.generate([[1, 2, 3]], {"max_new_tokens": 4}, use_tqdm=False)
-    os.kill(pids["model worker 1"], how)
-    start = time.monotonic()
-    with pytest.raises(RuntimeError, match="model worker 1"):
-        while time.monotonic() - start < 10:
-            llm.generate([[1, 2, 3]], {"max_new_tokens": 4}, use_tqdm=False)
-    llm.shutdown()
-    assert not any(os.path.exists(f"/proc/{pid}") for pid in pids.values())

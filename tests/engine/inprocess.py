@@ -18,10 +18,12 @@ from sglang.worker.runner import ModelRunner
 
 
 class InProcessEngine:
-    def __init__(self, args: ServerArgs, config: ModelConfig | None = None) -> None:
+    def __init__(
+        self, args: ServerArgs, config: ModelConfig | None = None, tp: TensorParallel | None = None
+    ) -> None:
         self.args = args
         self.config = config or ModelConfig.load(args)
-        self.runner = ModelRunner(args, self.config, TensorParallel())
+        self.runner = ModelRunner(args, self.config, tp or TensorParallel())
 
     def scheduler(self, **kwargs) -> Scheduler:
         """A new one, over the same weights; its slots may be fewer than the pool has."""
@@ -38,18 +40,20 @@ class InProcessEngine:
         self,
         scheduler: Scheduler,
         prompts: list[list[int]],
-        params: SamplingParams,
+        params: SamplingParams | list[SamplingParams],
         depth: int = 2,
         at_once: bool = True,
     ) -> list[list[int]]:
-        """Token ids that each prompt yields; `at_once` or each when the one before it is done."""
+        """Token ids that each prompt yields; `at_once` or each when the one before it is done.
+        params: one for all, or one for each."""
+        each = params if isinstance(params, list) else [params] * len(prompts)
         arriving = deque(enumerate(prompts))
         outputs: list[list[int]] = [[] for _ in prompts]
         sent: deque = deque()
         while arriving or not scheduler.is_idle():
             while arriving and (at_once or scheduler.is_idle()):
                 handle, prompt = arriving.popleft()
-                scheduler.add(GenerateRequest(handle, pack(prompt), params))
+                scheduler.add(GenerateRequest(handle, pack(prompt), each[handle]))
             if len(sent) < depth and (step := scheduler.plan()) is not None:
                 sent.append(self.runner.launch(*step))
             elif sent:

@@ -8,8 +8,10 @@ import torch.multiprocessing as mp
 
 from sglang.layers.shard import Shard
 from sglang.model_config import ModelConfig
-from sglang.models.checkpoint import open_checkpoint
+from sglang.models.checkpoint import SafetensorsCheckpoint, open_checkpoint
+from sglang.models.decoder import DecoderLayer
 from sglang.models.registry import build_model
+from sglang.quantization.unquantized import Unquantized
 from sglang.server_args import ServerArgs
 from sglang.worker.parallel import TensorParallel
 from tests.models import tiny
@@ -60,6 +62,49 @@ def test_shares_concatenated_are_the_whole(file, size, tmp_path):
     assert not embedding[99:].any()
     head = whole(rank.lm_head.weight for rank in ranks)
     assert torch.equal(head[:99], model.lm_head.weight)
+
+
+def test_ranks_read_their_shares_and_no_more(tmp_path, monkeypatch):
+    tiny.make("Qwen2", num_key_value_heads=2).save_pretrained(tmp_path)
+    sizes: dict[str, list[int]] = {}
+
+    def read(self, out, name, index, original=SafetensorsCheckpoint._read):
+        sizes.setdefault(name, []).append(out.numel())
+        original(self, out, name, index)
+
+    monkeypatch.setattr(SafetensorsCheckpoint, "_read", read)
+    build(tmp_path, TensorParallel())
+    whole = {name: size for name, (size,) in sizes.items()}
+    sizes.clear()
+    for rank in range(4):
+        build(tmp_path, TensorParallel(rank, 4))
+    assert sizes.keys() == whole.keys()
+    for name, of_ranks in sizes.items():
+        copies = 4 if "norm" in name else 2 if "k_proj" in name or "v_proj" in name else 1
+        assert sum(of_ranks) == copies * whole[name], name
+
+
+def test_shares_of_a_gguf_file_are_those_of_its_whole_layers():
+    """The demo model: nine heads, whose rows such a file keeps in another order, on three ranks."""
+    config = ModelConfig.load(ServerArgs(device="cpu", dtype="float16", tp_size=3))
+
+    def layer(tp: TensorParallel) -> DecoderLayer:
+        checkpoint = open_checkpoint(config)
+        built = DecoderLayer(1, config, Unquantized(), tp, torch.float16, tiny.CPU)
+        for module in built.modules():
+            if module is not built and hasattr(module, "load"):
+                module.load(checkpoint)
+        return built
+
+    whole, ranks = layer(TensorParallel()), [layer(TensorParallel(rank, 3)) for rank in range(3)]
+    q, kv = 3 * config.head_dim, config.head_dim
+    shares = [rank.self_attn.qkv_proj.weight.split([q, kv, kv]) for rank in ranks]
+    qkv = torch.cat([share[i] for i in range(3) for share in shares])
+    assert torch.equal(qkv, whole.self_attn.qkv_proj.weight)
+    o = torch.cat([rank.self_attn.o_proj.weight for rank in ranks], 1)
+    assert torch.equal(o, whole.self_attn.o_proj.weight)
+    down = torch.cat([rank.mlp.down_proj.weight for rank in ranks], 1)
+    assert torch.equal(down, whole.mlp.down_proj.weight)
 
 
 def test_shards_cover_any_length_without_overlap():
