@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from sglang.kernels.quant_w8a8 import quantize_tokens_naive
+from sglang.kernels.quant_tokens import quantize_tokens_naive
 from sglang.model_config import ModelConfig, _read_gguf
 from sglang.models.checkpoint import open_checkpoint
 from sglang.quantization.grouped import AWQLinear

@@ -1,8 +1,9 @@
-"""Splitting a product's inputs over programs, for shapes with too few outputs to fill a GPU.
+"""How quantized products are shared out: tiles of outputs along the grid's first axis, and where
+those are too few to fill a GPU, splits of the inputs along its second.
 
-Every program writes its partial sums; the last one of a tile to arrive adds them up, always in the
-same order, so results do not depend on timing. It also resets the tile's counter: the workspace is
-ready for the next launch, in a CUDA graph too.
+Of a split product every program writes its partial sums; the last one of a tile to arrive adds them
+up, always in the same order, so results do not depend on timing. It also resets the tile's counter:
+the workspace is ready for the next launch, in a CUDA graph too.
 """
 
 from __future__ import annotations
@@ -29,13 +30,23 @@ def split_k_workspace(
 
 
 @triton.jit
+def tile_of(program, tiles_m, tiles_n, HEIGHT: tl.constexpr = 8):
+    """The program's (tile of tokens, tile of outputs). Programs that run together have HEIGHT tiles
+    of tokens in common with several of outputs, and so find both operands in the L2."""
+    band = program // (HEIGHT * tiles_n)
+    height = tl.minimum(tiles_m - band * HEIGHT, HEIGHT)
+    place = program % (HEIGHT * tiles_n)
+    return band * HEIGHT + place % height, place // height
+
+
+@triton.jit
 def sum_splits(acc, at, mask, partial_ptr, arrived_ptr, size, SPLITS: tl.constexpr):
     """acc: this program's sums, which go to `at` of [SPLITS, size]. Returns (the sums of all
     splits, whether this program is the one that has them). The split is program_id(1)."""
     base = tl.program_id(1).to(tl.int64) * size
     tl.store(partial_ptr + base + at, acc, mask=mask)
     tl.debug_barrier()  # every thread's sums are written before the program is counted
-    tile = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
+    tile = tl.program_id(0)
     is_last = tl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel") == SPLITS - 1
     if is_last:
         tl.debug_barrier()

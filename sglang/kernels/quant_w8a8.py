@@ -1,7 +1,6 @@
 """8-bit products: y = (x_q W_q^T) x_scale[token] w_scale[output] + bias, all in int8 or all in FP8
-(e4m3). Activations are quantized here, each token by its own largest value (as in Xiao et al.,
-SmoothQuant, 2023). Scales are applied to the sums, so the product itself is one of the tensor
-cores' 8-bit ones.
+(e4m3). Tokens are quantized as in quant_tokens.py. Scales are applied to the sums, so the product
+itself is one of the tensor cores' 8-bit ones.
 """
 
 from __future__ import annotations
@@ -13,26 +12,12 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from sglang.kernels.quant_split_k import split_k_workspace, sum_splits
+from sglang.kernels.launch import launch_next, pdl, wait_for_previous
+from sglang.kernels.quant_split_k import split_k_workspace, sum_splits, tile_of
+from sglang.kernels.quant_tokens import quantize_tokens
 
-LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 LIBRARY_TOKENS = 128
 """From here on cuBLAS is quicker."""
-
-
-def quantize_tokens(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [T, K] -> (x_q [T, K] in `dtype`, float32 scales [T]), x_q * scale being near x."""
-    return (quantize_tokens_triton if x.is_cuda else quantize_tokens_naive)(x, dtype)
-
-
-def quantize_tokens_naive(
-    x: torch.Tensor, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    x = x.float()
-    scales = x.abs().amax(1).clamp_min(1e-10) / LARGEST[dtype]
-    q = x / scales[:, None]
-    q = q.round() if dtype == torch.int8 else q
-    return q.clamp(-LARGEST[dtype], LARGEST[dtype]).to(dtype), scales
 
 
 def w8a8_linear(
@@ -40,12 +25,25 @@ def w8a8_linear(
 ) -> torch.Tensor:
     """x [T, K] in floating point, weight [N, K] int8 or float8_e4m3fn, scales float32 [N] ->
     [T, N] in x's dtype."""
-    x_q, x_scales = quantize_tokens(x, weight.dtype)
+    return scaled_matmul(*quantize_tokens(x, weight.dtype), weight, scales, x.dtype, bias)
+
+
+def scaled_matmul(
+    x: torch.Tensor,
+    x_scales: torch.Tensor,
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    dtype: torch.dtype,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """x [T, K], weight [N, K], both int8 or both float8_e4m3fn; x_scales [T], scales [N], float32
+    -> (x W^T) x_scales scales + bias, [T, N] in `dtype`."""
+    arguments = (x, x_scales, weight, scales, dtype, bias)
     if not x.is_cuda:
-        return scaled_matmul_naive(x_q, x_scales, weight, scales, x.dtype, bias)
+        return scaled_matmul_naive(*arguments)
     if len(x) >= LIBRARY_TOKENS and weight.shape[0] % 16 == 0 and weight.shape[1] % 16 == 0:
-        return scaled_matmul_library(x_q, x_scales, weight, scales, x.dtype, bias)
-    return scaled_matmul_triton(x_q, x_scales, weight, scales, x.dtype, bias)
+        return scaled_matmul_library(*arguments)
+    return scaled_matmul_triton(*arguments)
 
 
 def scaled_matmul_naive(
@@ -82,43 +80,6 @@ def scaled_matmul_library(
 
 
 # --- kernels -------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _round_to(x, DTYPE: tl.constexpr, LARGEST: tl.constexpr):
-    x = tl.minimum(tl.maximum(x, -LARGEST), LARGEST)
-    if tl.int8 == DTYPE:
-        # Adding 1.5 * 2^23 leaves no bits for a fraction: rounds half to even, as torch does.
-        x = (x + 12582912.0) - 12582912.0
-    return x.to(DTYPE)
-
-
-@triton.jit
-def _quantize_kernel(
-    x_ptr, out_ptr, scale_ptr, x_stride, K, LARGEST: tl.constexpr, BLOCK: tl.constexpr
-):
-    row = tl.program_id(0).to(tl.int64)
-    k = tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + row * x_stride + k, mask=k < K, other=0.0).to(tl.float32)
-    scale = tl.maximum(tl.max(tl.abs(x)), 1e-10) / LARGEST
-    tl.store(scale_ptr + row, scale)
-    q = _round_to(x / scale, out_ptr.dtype.element_ty, LARGEST)
-    tl.store(out_ptr + row * K + k, q, mask=k < K)
-
-
-def quantize_tokens_triton(
-    x: torch.Tensor, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    num_tokens, k = x.shape
-    out = torch.empty(num_tokens, k, dtype=dtype, device=x.device)
-    scales = torch.empty(num_tokens, dtype=torch.float32, device=x.device)
-    if num_tokens:
-        block = triton.next_power_of_2(k)
-        warps = min(max(block // 1024, 1), 16)
-        _quantize_kernel[(num_tokens,)](
-            x, out, scales, x.stride(0), k, LARGEST=LARGEST[dtype], BLOCK=block, num_warps=warps
-        )
-    return out, scales
 
 
 @triton.jit
@@ -179,15 +140,20 @@ def _w8a8_kernel(
     BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr,  # K is a multiple of BLOCK_K
     NUM_STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    launch_next(PDL)
+    wait_for_previous(PDL)
     # Transposed, out^T = W x^T: a wide block of outputs is what the tensor cores' 64 rows are for,
     # and Triton multiplies FP8 as FP8 whatever the number of tokens.
     SUM: tl.constexpr = tl.int32 if weight_ptr.dtype.element_ty == tl.int8 else tl.float32
     steps = (K + BLOCK_K - 1) // BLOCK_K
     each = (steps + SPLITS - 1) // SPLITS
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    tiles_m = (num_tokens + BLOCK_M - 1) // BLOCK_M
+    tile_m, tile_n = tile_of(tl.program_id(0), tiles_m, (N + BLOCK_N - 1) // BLOCK_N)
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(1)
-    m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     safe_n = tl.where(n < N, n, 0)
     safe_m = tl.where(m < num_tokens, m, 0)
     k = tl.arange(0, BLOCK_K)
@@ -240,10 +206,8 @@ def scaled_matmul_triton(
         return out
     config = config or choose_config(num_tokens, n, k)
     partial, arrived = split_k_workspace(config.splits, num_tokens, n, x.device)
-    grid = (
-        triton.cdiv(n, config.block_n), config.splits, triton.cdiv(num_tokens, config.block_m)
-    )  # fmt: skip
-    _w8a8_kernel[grid](
+    tiles = triton.cdiv(n, config.block_n) * triton.cdiv(num_tokens, config.block_m)
+    _w8a8_kernel[(tiles, config.splits)](
         x, x_scales, weight, scales, bias, out, partial, arrived, num_tokens,
         N=n, K=k, BIAS=bias is not None,
         SPLITS=config.splits,
@@ -253,5 +217,6 @@ def scaled_matmul_triton(
         EVEN_K=k % config.block_k == 0,
         NUM_STAGES=config.num_stages,
         num_warps=config.num_warps,
+        **pdl(x.device),
     )  # fmt: skip
     return out

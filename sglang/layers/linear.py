@@ -57,6 +57,9 @@ class Linear(nn.Module):
         self.dtype = dtype
         self.device = device
         self.input_shard = input_shard
+        self.readers: list[Linear] = []  # in a list: no submodule of this one
+        """All that read this one's outputs, if it is known: a method may hand them on in a form of
+        its own to layers of the same method."""
         self._has_bias = bias
         self.bias: torch.Tensor | None = None
 

@@ -41,6 +41,7 @@ class MLP(nn.Module):
         self.down_proj = RowParallelLinear(
             f"{name}.down_proj", inner, hidden, *where, bias=config.mlp_bias
         )
+        self.gate_up_proj.readers.append(self.down_proj)
 
     def forward(
         self, x: torch.Tensor, residual: torch.Tensor, norm: RMSNorm

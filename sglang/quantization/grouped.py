@@ -13,13 +13,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from sglang.kernels.int4 import Int4Weight, int4_linear, pack_int4
+from sglang.kernels.int4 import int4_linear
+from sglang.kernels.int4_gemv import MAX_TOKENS, int4_fused_linear
+from sglang.kernels.int4_weight import Int4Weight, pack_int4, pack_scales
 from sglang.quantization.base import LinearMethod, StoredTensor
 from sglang.quantization.cpu import CPULinear
 from sglang.quantization.schemes import Scheme
 
 if TYPE_CHECKING:
     from sglang.layers.linear import Linear
+    from sglang.layers.norm import RMSNorm
     from sglang.models.checkpoint import Checkpoint
 
 
@@ -101,8 +104,7 @@ class GroupedLinear(LinearMethod):
             q = q[:, order]
         layer.int4 = Int4Weight(
             pack_int4(q).contiguous(),
-            weight.scales.contiguous(),
-            weight.zeros.contiguous(),
+            pack_scales(weight.scales, weight.zeros),
             num_inputs,
             num_inputs // len(weight.scales),
         )
@@ -114,6 +116,19 @@ class GroupedLinear(LinearMethod):
         if layer.input_order is not None:
             x = x[:, layer.input_order]
         return int4_linear(x, layer.int4, bias)
+
+    def apply_normed(
+        self,
+        layer: Linear,
+        x: torch.Tensor,
+        bias: torch.Tensor | None,
+        norm: RMSNorm,
+        residual: torch.Tensor | None,
+        gated: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if layer.int4 is None or layer.input_order is not None or len(x) > MAX_TOKENS:
+            return super().apply_normed(layer, x, bias, norm, residual, gated)
+        return int4_fused_linear(x, layer.int4, bias, residual, norm.weight, norm.eps, gated)
 
 
 class AWQLinear(GroupedLinear):

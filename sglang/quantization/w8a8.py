@@ -4,24 +4,79 @@ brings along are not used: a token's own is as near or nearer."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from sglang.kernels.quant_w8a8 import quantize_tokens, w8a8_linear
+from sglang.kernels.activation import silu_and_mul
+from sglang.kernels.quant_tokens import norm_and_quantize, quantize_tokens, silu_and_quantize
+from sglang.kernels.quant_w8a8 import scaled_matmul
+from sglang.kernels.w8a8_gemv import is_few, w8a8_fused_linear
 from sglang.quantization.base import LinearMethod, Quantization, StoredTensor
 from sglang.quantization.schemes import Scheme
 from sglang.quantization.unquantized import Unquantized
 
 if TYPE_CHECKING:
     from sglang.layers.linear import Linear
+    from sglang.layers.norm import RMSNorm
     from sglang.models.checkpoint import Checkpoint
 
 DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 
-class W8A8Linear(LinearMethod):
+@dataclass
+class QuantizedTokens:
+    """What one of these layers hands to the next, if it knows that no other reads it."""
+
+    q: torch.Tensor
+    scales: torch.Tensor
+    dtype: torch.dtype
+    """Of the activations that it stands for."""
+
+
+class _EightBit(LinearMethod):
+    """Works on layer.weight, int8 or float8_e4m3fn [N, K], and layer.scales, float32 [N]."""
+
+    def keep(self, layer: Linear, weight: torch.Tensor, scales: torch.Tensor) -> None:
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+        layer.scales = nn.Parameter(scales.float().contiguous(), requires_grad=False)
+
+    def apply(
+        self, layer: Linear, x: torch.Tensor | QuantizedTokens, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        if isinstance(x, QuantizedTokens):
+            return scaled_matmul(x.q, x.scales, layer.weight, layer.scales, x.dtype, bias)
+        if is_few(x, layer.weight):
+            return w8a8_fused_linear(x, layer.weight, layer.scales, bias)[0]
+        quantized = quantize_tokens(x, layer.weight.dtype)
+        return scaled_matmul(*quantized, layer.weight, layer.scales, x.dtype, bias)
+
+    def apply_normed(
+        self,
+        layer: Linear,
+        x: torch.Tensor,
+        bias: torch.Tensor | None,
+        norm: RMSNorm,
+        residual: torch.Tensor | None,
+        gated: bool,
+    ) -> tuple[torch.Tensor | QuantizedTokens, torch.Tensor]:
+        weight, scales = layer.weight, layer.scales
+        if is_few(x, weight):
+            return w8a8_fused_linear(
+                x, weight, scales, bias, residual, norm.weight, norm.eps, gated
+            )
+        q, q_scales, residual = norm_and_quantize(x, residual, norm.weight, norm.eps, weight.dtype)
+        out = scaled_matmul(q, q_scales, weight, scales, x.dtype, bias)
+        if not gated:
+            return out, residual
+        if layer.readers and all(isinstance(r.method, _EightBit) for r in layer.readers):
+            return QuantizedTokens(*silu_and_quantize(out, weight.dtype), x.dtype), residual
+        return silu_and_mul(out), residual
+
+
+class W8A8Linear(_EightBit):
     def __init__(self, scheme: Scheme) -> None:
         self.scheme = scheme
 
@@ -50,13 +105,10 @@ class W8A8Linear(LinearMethod):
             sizes = [part.shard.length(part.out_features) for part in layer.parts]
             counts = torch.tensor(sizes, device=scales.device)
             scales = scales.repeat_interleave(counts, output_size=sum(sizes))
-        _keep(layer, layer.weight.data, scales)
-
-    def apply(self, layer: Linear, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return _apply(layer, x, bias)
+        self.keep(layer, layer.weight.data, scales)
 
 
-class QuantizedAtLoad(Quantization, LinearMethod):
+class QuantizedAtLoad(_EightBit, Quantization):
     """A checkpoint in floating point whose layers, all but the output head, are rounded."""
 
     def __init__(self, kind: str) -> None:
@@ -72,16 +124,4 @@ class QuantizedAtLoad(Quantization, LinearMethod):
         return self._unquantized.tensors(in_features, out_features, dtype)
 
     def finish(self, layer: Linear) -> None:
-        _keep(layer, *quantize_tokens(layer.weight.data, self._format))
-
-    def apply(self, layer: Linear, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return _apply(layer, x, bias)
-
-
-def _keep(layer: Linear, weight: torch.Tensor, scales: torch.Tensor) -> None:
-    layer.weight = nn.Parameter(weight, requires_grad=False)
-    layer.scales = nn.Parameter(scales.float().contiguous(), requires_grad=False)
-
-
-def _apply(layer: Linear, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return w8a8_linear(x, layer.weight, layer.scales, bias)
+        self.keep(layer, *quantize_tokens(layer.weight.data, self._format))
