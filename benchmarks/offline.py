@@ -200,10 +200,15 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("--compare", help="h200 or h100, or one engine there: vllm-h200")
     parser.add_argument("--json", help="write the figures here")
+    parser.add_argument(
+        "--profile", help="write a trace for https://ui.perfetto.dev here (its last 65,536 spans)"
+    )
     args, flags = parser.parse_known_args()
     args.only = set(args.only.split(","))
     if unknown := args.only - set(WORKLOADS):
         parser.error(f"no workload {', '.join(unknown)}; there are: {', '.join(WORKLOADS)}")
+    if args.profile and args.engine != "sglang":
+        parser.error("--profile is for sglang")
     if args.compare and args.scale != 1.0:
         parser.error("--compare is for the whole work: leave out --scale")
     if args.compare:
@@ -229,7 +234,11 @@ def main() -> None:
     engine = make_engine(args.engine, args.model, dummy, flags)
     figures.show("startup", time.perf_counter() - started)
     try:
+        if args.profile:
+            engine.llm.start_profile()
         Bench(engine, args.only, args.scale, figures.show).run()
+        if args.profile:
+            engine.llm.stop_profile(args.profile)
     finally:
         engine.close()
         if args.json:

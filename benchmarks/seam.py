@@ -1,10 +1,12 @@
 """What a steady decode step costs beside the model, in microseconds of one CPU core:
 
     python benchmarks/seam.py --rows 256
+    python benchmarks/seam.py --engine qwen3-0.6b                  (and a server's flags)
 
 The router's side (plan, encode, commit, news for the detokenizer), the worker's side up to the copy
-to the device (decode, row arithmetic), and a round trip between two processes. Everything here is
-NumPy and msgpack, so no GPU is needed to measure it. Medians.
+to the device (decode, row arithmetic), and a round trip between two processes. Everything there is
+NumPy and msgpack, so no GPU is needed to measure it. With --engine also a real engine, by its
+profile: the router, and the launch thread with all that it does to keep the GPU at work. Medians.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import zmq
+from engines import make_engine
+from models import CONFIGS
 
 from sglang.addresses import bind_inbox, connect_outbox
 from sglang.messages import (
@@ -36,6 +40,9 @@ from sglang.messages import (
 from sglang.router.scheduler import Scheduler
 from sglang.sampling_params import SamplingParams
 from sglang.worker.rows import RowState
+
+ROUTER_US, LAUNCH_US = 500.0, 200.0
+"""What a step of 256 rows should cost at most."""
 
 
 class Clock:
@@ -133,28 +140,75 @@ def round_trip(size: int, times: int = 500) -> float:
     return clock.medians()["there and back"]
 
 
+def profile(model: str, num_rows: int, context: int, steps: int, flags: list[str]) -> dict:
+    """µs of each part of a real engine's step, by "lane: what"."""
+    engine = make_engine("sglang", model, model in CONFIGS, flags)
+    rng = np.random.default_rng(0)
+    prompts = rng.integers(0, 10000, (num_rows, context)).tolist()
+    try:
+        engine.generate(prompts, [8] * num_rows, 0.0)
+        engine.llm.start_profile()
+        engine.generate(prompts, [steps] * num_rows, 0.0)
+        with tempfile.TemporaryDirectory() as folder:
+            events = json.loads(Path(engine.llm.stop_profile(folder)).read_text())["traceEvents"]
+    finally:
+        engine.close()
+    lanes = {
+        (event["pid"], event["tid"]): event["args"]["name"]
+        for event in events
+        if event["name"] == "thread_name"
+    }
+    times: dict[str, list[float]] = {}
+    for event in events:
+        if event["ph"] == "X":
+            lane = lanes[event["pid"], event["tid"]]
+            times.setdefault(f"{lane}: {event['name']}", []).append(event["dur"])
+    return {name: statistics.median(us) for name, us in times.items()}
+
+
+def show(figures: dict[str, float], side: str, limit: float | None = None) -> None:
+    """The parts of one side, and their sum beside what it should be at most."""
+    parts = {name: us for name, us in figures.items() if name.startswith(f"{side}:")}
+    for name, us in parts.items():
+        print(f"{name:32} {us:8.1f} us")
+    if len(parts) > 1 or limit is not None:
+        total = sum(parts.values())
+        verdict = "" if limit is None else f"   {'under' if total < limit else 'OVER'} {limit:.0f}"
+        print(f"{side + ', together':32} {total:8.1f} us{verdict}")
+
+
 def main() -> None:
     lines = __doc__.splitlines()
     parser = argparse.ArgumentParser(
         description=lines[0],
         epilog="\n".join(lines[1:]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
+    parser.add_argument("--engine", help="a model, as in benchmarks/offline.py")
     parser.add_argument("--rows", type=int, default=256, help="requests that decode (default: 256)")
     parser.add_argument("--context", type=int, default=500, help="their length (default: 500)")
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--json", help="write the figures here")
-    args = parser.parse_args()
+    args, flags = parser.parse_known_args()
+    if flags and not args.engine:
+        parser.error(f"unknown argument {flags[0]}, unless there is an --engine")
     torch.set_num_threads(1)
     figures, size = decode_steps(args.rows, args.context, args.steps)
-    for side in ("router", "worker", "detokenizer"):
-        parts = {name: us for name, us in figures.items() if name.startswith(side)}
-        for name, us in parts.items():
-            print(f"{name:32} {us:8.1f} us")
-        if len(parts) > 1:
-            print(f"{side + ', together':32} {sum(parts.values()):8.1f} us")
+    show(figures, "router", ROUTER_US)
+    show(figures, "worker")
+    show(figures, "detokenizer")
     figures["round trip"] = round_trip(size)
     print(f"{f'round trip of {size} bytes':32} {figures['round trip']:8.1f} us")
+    if args.engine:
+        print(f"\nin an engine ({args.engine}), {args.rows} requests:")
+        measured = profile(args.engine, args.rows, args.context, args.steps, flags)
+        show(measured, "router", ROUTER_US)
+        on_gpu = any(name.startswith("GPU:") for name in measured)
+        show(measured, "launch", LAUNCH_US if on_gpu else None)  # a CPU does the work there
+        show(measured, "reply")
+        show(measured, "GPU")
+        figures |= {f"engine, {name}": us for name, us in measured.items()}
     if args.json:
         Path(args.json).write_text(json.dumps(figures, indent=1))
 
