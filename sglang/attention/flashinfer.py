@@ -98,8 +98,7 @@ class FlashInferAttention(AttentionBackend):
     ) -> torch.Tensor:
         d, layers = batch.num_decode, self._layers[window]
         pages = (k_cache[:, None], v_cache[:, None])  # [S, 1, Hkv, D]
-        q = q.contiguous()
-        out = torch.empty_like(q)
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         if d > 0:
             layers.decode.run(q[:d], pages, out=out[:d])
         if d < len(q):
