@@ -6,11 +6,12 @@ import random
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang.messages import StreamFinished, StreamOpened, TokenBatch, TokenLogprob, pack, unpack
 from sglang.server.detokenizer import Detokenizer, StopFinder
+from tests.vocabularies import KINDS, TEXTS
 
 
 def expected(text: str, stops: list[str], keep: bool) -> tuple[str, str | None]:
@@ -51,6 +52,59 @@ def test_only_what_a_stop_string_may_start_with_is_held_back():
     assert finder.push(" en") == (" ", None)
     assert finder.push("d of##") == ("end of", None)
     assert finder.push("#!") == ("", "###")
+
+
+@st.composite
+def streams(draw, kind: str) -> tuple[list[int], list[str], list[int]]:
+    """(tokens of a text, or any tokens; stop strings, some of which occur in their text; where the
+    steps are cut)."""
+    tokenizer = KINDS[kind]
+    any_tokens = st.lists(st.integers(0, tokenizer.vocab_size - 1), min_size=1, max_size=30)
+    ids = draw(st.one_of(TEXTS.map(tokenizer.encode).filter(bool), any_tokens))
+    text = tokenizer.decode(ids)
+    stops = draw(st.lists(st.text("aou 你🤗é", min_size=1, max_size=3), max_size=2))
+    for _ in range(draw(st.integers(0, 2))):
+        start = draw(st.integers(0, len(text)))
+        stop = text[start : start + draw(st.integers(1, 6))]
+        stops += [stop] if stop else []
+    return ids, stops, draw(st.lists(st.integers(0, 40), max_size=8))
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data(), keep=st.booleans(), lazy=st.booleans(), ends_on_token=st.booleans())
+@pytest.mark.parametrize("kind", KINDS)
+def test_joined_deltas_are_the_text_up_to_the_stop_for_any_tokens_stops_and_steps(
+    kind, data, keep, lazy, ends_on_token
+):
+    """Emoji, Chinese and bytes that are no character included, in every kind of vocabulary."""
+    tokenizer = KINDS[kind]
+    ids, stops, cuts = data.draw(streams(kind))
+    matched_token = ids[-1] if ends_on_token else None
+    shown = ids[:-1] if ends_on_token and not keep else ids
+    text, stop = expected(tokenizer.decode(shown), stops, keep)
+
+    detokenizer, said, taken, end = Detokenizer(tokenizer, lazy), "", [], None
+    borders = [0, *sorted({c for c in cuts if 0 < c < len(ids)}), len(ids)]
+    for start, after in pairwise(borders):
+        chunk = ids[start:after]
+        batch = TokenBatch(pack([7] * len(chunk)), pack(chunk))
+        if start == 0:
+            batch.opened = [opened(7, stops, no_stop_trim=keep)]
+        if after == len(ids):
+            reason = "stop" if ends_on_token else "length"
+            batch.finished = [StreamFinished(7, reason, matched_token)]
+        deltas, ended = detokenizer.step(batch)
+        for delta in deltas:
+            assert end is None, "something after the end"
+            said, end = said + delta.text, delta.end
+            taken += unpack(delta.token_ids).tolist()
+            assert text.startswith(said), "a stop string, or half a character, leaked"
+        if end is not None:
+            assert ended == ([7] if after < len(ids) else [])
+            break
+    assert said == text and taken == ids[: len(taken)]
+    assert end is not None and end.completion_tokens == len(taken)
+    assert end.matched == (stop if stop is not None else matched_token)
 
 
 class Letters:
