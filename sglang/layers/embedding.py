@@ -33,8 +33,9 @@ class VocabParallelEmbedding(nn.Module):
         self.shard = Shard(tp.rank, tp.size)
         self.start, self.stop = self.shard.bounds(vocab_size)
         rows = self.shard.length(vocab_size)
-        weight = torch.zeros(rows, hidden_size, dtype=dtype, device=device)
-        self.weight = nn.Parameter(weight, requires_grad=False)
+        # Before and after this rank's tokens a row of zeros, for the tokens of the others.
+        self._table = torch.zeros(rows + 2, hidden_size, dtype=dtype, device=device)
+        self.weight = nn.Parameter(self._table[1:-1], requires_grad=False)
 
     def load(self, checkpoint: Checkpoint) -> None:
         rows = self.weight[: self.stop - self.start]
@@ -44,9 +45,8 @@ class VocabParallelEmbedding(nn.Module):
         """int32 [T] -> [T, H]."""
         if self.tp.size == 1:
             return F.embedding(input_ids, self.weight)
-        mine = (input_ids >= self.start) & (input_ids < self.stop)
-        out = F.embedding(torch.where(mine, input_ids - self.start, 0), self.weight)
-        return self.tp.all_reduce(out.masked_fill_(~mine[:, None], 0.0))
+        rows = (input_ids - (self.start - 1)).clamp_(0, len(self._table) - 1)
+        return self.tp.all_reduce(F.embedding(rows, self._table))
 
 
 class OutputHead(Linear):
