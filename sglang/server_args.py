@@ -81,8 +81,25 @@ class ServerArgs:
         "what holds replies to a regex, json_schema or ebnf; none: refuse these",
         choices=("llguidance", "none"),
     )
+    request_timeout: float | None = _flag(
+        None, "seconds after which a request that still runs is ended with 504 (default: never)"
+    )
+    shutdown_timeout: float = _flag(
+        5.0, "seconds that running requests have to end when the server is asked to"
+    )
     log_level: str = _flag(
         "info", "least severe message to log", choices=("debug", "info", "warning", "error")
+    )
+    log_level_http: str | None = _flag(
+        None,
+        "the same for the access log, which is at info (default: as --log-level)",
+        choices=("debug", "info", "warning", "error"),
+    )
+    log_requests: bool = _flag(False, "log every request when it comes and when it ends")
+    log_requests_level: int = _flag(
+        2,
+        "0: counts and times; 1: also the sampling parameters; 2: also the beginnings of texts; "
+        "3: whole texts",
     )
 
     # Memory and scheduling
@@ -151,6 +168,12 @@ class ServerArgs:
         for name, least in (("tp_size", 1), ("overlap_depth", 1), ("port", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{flag_name(name)} must be at least {least}")
+        if self.log_requests_level not in range(4):
+            raise ValueError("--log-requests-level must be 0, 1, 2 or 3")
+        for name in ("request_timeout", "shutdown_timeout"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1e9:
+                raise ValueError(f"{flag_name(name)} must be seconds >= 0")
         for name in (
             "context_length", "max_total_tokens", "max_running_requests", "chunked_prefill_size"
         ):  # fmt: skip

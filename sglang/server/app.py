@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Iterator
+from math import ceil
 from typing import Any
 
 import uvicorn
@@ -13,7 +14,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 import sglang
 from sglang.server.errors import install_error_handlers
-from sglang.server.gate import Gate
+from sglang.server.gate import Gate, access_log
 from sglang.server.native import native_router
 from sglang.server.openai.chat import chat_router
 from sglang.server.openai.completions import completions_router
@@ -27,6 +28,7 @@ def build_app(service: Service) -> FastAPI:
     app.add_middleware(
         Gate, api_key=service.args.api_key, max_body_bytes=service.args.max_body_mb << 20
     )
+    access_log.setLevel((service.args.log_level_http or service.args.log_level).upper())
     if service.args.allow_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -64,17 +66,17 @@ def build_app(service: Service) -> FastAPI:
 class HTTPServer(uvicorn.Server):
     """uvicorn, on uvloop and httptools; the launcher handles signals."""
 
-    def __init__(self, app: FastAPI, log_level: str, grace_seconds: float) -> None:
+    def __init__(self, app: FastAPI, grace_seconds: float) -> None:
         config = uvicorn.Config(
             app,
             http="httptools",
             ws="none",
             lifespan="off",
             log_config=None,
-            log_level="info" if log_level == "debug" else "warning",
-            access_log=log_level == "debug",
+            log_level="warning",
+            access_log=False,  # the gate's knows the request's id
             timeout_keep_alive=75,  # longer than usual clients' pools keep a connection
-            timeout_graceful_shutdown=int(grace_seconds),
+            timeout_graceful_shutdown=ceil(grace_seconds),
             backlog=4096,
         )
         super().__init__(config)

@@ -1,14 +1,19 @@
-"""What every HTTP request passes: its id, the API key and the limit of its size."""
+"""What every HTTP request passes: its id, the API key, the limit of its size and the access log."""
 
 from __future__ import annotations
 
 import hmac
+import logging
+import time
 import uuid
 
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sglang.server.errors import error_response
+from sglang.server.request_log import request_id
 
+access_log = logging.getLogger("sglang.access")
 OPEN_PATHS = ("/health", "/health_generate")
 """They tell nothing, and those who watch a server have no key."""
 
@@ -24,25 +29,49 @@ class Gate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
+        start, status = time.monotonic(), 500
         headers = dict(scope["headers"])
-        request_id = headers.get(b"x-request-id", b"")[:128] or uuid.uuid4().hex.encode()
+        id = headers.get(b"x-request-id", b"")[:128] or uuid.uuid4().hex.encode()
+        request_id.set(id.decode("latin-1"))
 
         async def send_with_id(message: Message) -> None:
+            nonlocal status
             if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id)]
+                status = message["status"]
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", id)]
             await send(message)
 
-        if not self._may_pass(scope, headers):
-            body = error_response("the API key is missing or wrong", 401, code="invalid_api_key")
-            return await body(scope, receive, send_with_id)
         length = headers.get(b"content-length", b"0")
-        if length.isdigit() and int(length) > self._max_body_bytes:
-            body = error_response(
-                f"the body has {int(length)} bytes: --max-body-mb allows {self._max_body_bytes}",
-                413,
-            )
-            return await body(scope, receive, send_with_id)
-        return await self._app(scope, receive, send_with_id)
+        app = self._app
+        if not self._may_pass(scope, headers):
+            app = error_response("the API key is missing or wrong", 401, code="invalid_api_key")
+        elif length.isdigit() and int(length) > self._max_body_bytes:
+            app = error_response(self._too_long(), 413)
+        try:
+            await app(scope, self._counted(receive), send_with_id)
+        finally:
+            if access_log.isEnabledFor(logging.INFO):
+                client = ":".join(map(str, scope.get("client") or ()))
+                seconds = time.monotonic() - start
+                line = (client, scope["method"], scope["path"], status, seconds)
+                access_log.info("%s %s %s %d %.3f s", *line)
+
+    def _too_long(self) -> str:
+        return f"the body is too long: --max-body-mb allows {self._max_body_bytes} bytes"
+
+    def _counted(self, receive: Receive) -> Receive:
+        """A body that comes in chunks does not say its length beforehand."""
+        length = 0
+
+        async def counted() -> Message:
+            nonlocal length
+            message = await receive()
+            length += len(message.get("body", b""))
+            if length > self._max_body_bytes:
+                raise HTTPException(413, self._too_long())
+            return message
+
+        return counted
 
     def _may_pass(self, scope: Scope, headers: dict[bytes, bytes]) -> bool:
         if self._key is None or scope["path"] in OPEN_PATHS or scope["method"] == "OPTIONS":

@@ -15,20 +15,17 @@ from collections.abc import Iterator
 
 from sglang.model_config import ModelConfig
 from sglang.processes import Death, EngineProcesses
+from sglang.server.request_log import add_request_id
 from sglang.server_args import ServerArgs
 
 logger = logging.getLogger("sglang")
-
-GRACE_SECONDS = 5.0
-"""When the server is asked to end, running requests have so long before they are aborted."""
 
 
 def serve(args: ServerArgs) -> int:
     """Runs a server to its end; returns the exit code. A process that dies ends this one at once,
     with code 1."""
     started = time.monotonic()
-    form = "[%(asctime)s server] %(message)s"
-    logging.basicConfig(level=args.log_level.upper(), format=form, datefmt="%H:%M:%S")
+    _log_to_stderr(args.log_level)
     signal.signal(signal.SIGTERM, _leave)  # until the event loop handles it
     _allow_many_connections()
     try:
@@ -41,6 +38,14 @@ def serve(args: ServerArgs) -> int:
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
+
+
+def _log_to_stderr(level: str) -> None:
+    """A line that is logged while a request is handled names it."""
+    handler = logging.StreamHandler()
+    handler.addFilter(add_request_id)
+    form = "[%(asctime)s server%(request)s] %(message)s"
+    logging.basicConfig(level=level.upper(), format=form, datefmt="%H:%M:%S", handlers=[handler])
 
 
 def _allow_many_connections() -> None:
@@ -115,7 +120,7 @@ async def _serve(engine: Engine, listener: socket.socket, started: float) -> int
     from sglang.server.tokenizer_manager import TokenizerManager
 
     args, model = engine.args, engine.model
-    manager = TokenizerManager(engine.processes.addresses, model.vocab_size)
+    manager = TokenizerManager(engine.processes.addresses, model.vocab_size, model.name)
     ending = Ending()
     tokenizer = None
     if not args.skip_tokenizer_init:
@@ -129,7 +134,7 @@ async def _serve(engine: Engine, listener: socket.socket, started: float) -> int
         return ending.exit_code
     engine.is_ready = True
     service = Service(args, model, tokenizer, manager, ready.result())
-    server = HTTPServer(build_app(service), args.log_level, GRACE_SECONDS + 2)
+    server = HTTPServer(build_app(service), args.shutdown_timeout + 2)
     serving = asyncio.ensure_future(server.serve([listener]))
     await server.wait_started(serving)
     _announce(engine, listener, time.monotonic() - started)
@@ -137,8 +142,12 @@ async def _serve(engine: Engine, listener: socket.socket, started: float) -> int
     service.draining = True
     server.should_exit = True
     if manager.num_generations:
-        logger.info("finishing %d requests", manager.num_generations)
-    grace = asyncio.get_running_loop().call_later(GRACE_SECONDS, manager.abort_all)
+        logger.info(
+            "finishing %d requests, for %g s at most",
+            manager.num_generations,
+            args.shutdown_timeout,
+        )
+    grace = asyncio.get_running_loop().call_later(args.shutdown_timeout, manager.abort_all)
     await serving
     grace.cancel()
     manager.close()

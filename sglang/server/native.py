@@ -241,7 +241,7 @@ def native_router(service: Service) -> APIRouter:
     @router.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> PlainTextResponse:
         """For Prometheus."""
-        text = manager.metrics.render(await manager.stats(), service.model.name)
+        text = manager.metrics.render(await manager.stats())
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
     @router.post("/tokenize")

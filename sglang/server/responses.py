@@ -6,8 +6,10 @@ import asyncio
 from typing import Protocol
 
 from fastapi import Response
+from orjson import dumps
 from starlette.types import Receive, Scope, Send
 
+from sglang.server.errors import error_body, error_response
 from sglang.server.tokenizer_manager import Generation, GenerationClosed, Sequence
 
 DONE = b"data: [DONE]\n\n"
@@ -17,6 +19,7 @@ _STREAM_HEADERS = [
 ]
 _JSON_HEADERS = [(b"content-type", b"application/json")]
 _CLIENT_CLOSED_REQUEST = 499
+_TOO_LONG = ("the request took longer than --request-timeout allows", 504, None, "timeout")
 
 
 class Writer(Protocol):
@@ -55,8 +58,11 @@ class GenerationResponse(Response):
         watcher = asyncio.create_task(self._watch(receive))
         try:
             await (self._send_stream(send) if self._stream else self._send_whole(send))
-        except GenerationClosed:  # there is nobody to tell; the server wants a response
-            await _send(send, _CLIENT_CLOSED_REQUEST, [], b"")
+        except GenerationClosed:
+            if self._generation.timed_out:
+                await error_response(*_TOO_LONG)(scope, receive, send)
+            else:  # there is nobody to tell; the server wants a response
+                await _send(send, _CLIENT_CLOSED_REQUEST, [], b"")
         finally:
             watcher.cancel()
             self._generation.close()
@@ -83,6 +89,9 @@ class GenerationResponse(Response):
             try:
                 news = await generation.news()
             except GenerationClosed:
+                if generation.timed_out:
+                    body = b"data: " + dumps(error_body(*_TOO_LONG)) + b"\n\n" + DONE
+                    await send({"type": "http.response.body", "body": body, "more_body": False})
                 return
             body = event(news[0]) if len(news) == 1 else b"".join(map(event, news))
             if not generation.is_open:

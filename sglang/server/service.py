@@ -14,6 +14,7 @@ from sglang.router.grammar import check_grammar, grammar_kind
 from sglang.sampling_params import SamplingParams
 from sglang.server.errors import ApiError, bad_value
 from sglang.server.limits import NO_LOGPROBS, LogprobsWanted
+from sglang.server.request_log import RequestLog
 from sglang.server.tokenizer_manager import Generation, TokenizerManager
 
 if TYPE_CHECKING:
@@ -42,6 +43,9 @@ class Service:
         self.args, self.model, self.tokenizer = args, model, tokenizer
         self.manager, self.engine = manager, engine
         self.created = int(time.time())
+        self.request_log = None
+        if args.log_requests:
+            self.request_log = RequestLog(args.log_requests_level, tokenizer)
         self.draining = False
         """The server is about to end."""
 
@@ -114,7 +118,7 @@ class Service:
         Samples of one prompt with a seed have seeds that follow each other.
         """
         if self.draining:
-            raise ApiError("the server is shutting down", status=503)
+            raise ApiError("the server is shutting down", status=503, headers={"Retry-After": "5"})
         if n < 1 or len(prompts) * n > MAX_SEQUENCES:
             raise ApiError(f"n must be at least 1, and prompts x n at most {MAX_SEQUENCES}", "n")
         self._check_queue(len(prompts) * n)
@@ -128,9 +132,15 @@ class Service:
             for i in range(n)
         ]
         try:
-            return self.manager.generate(rid, sequences, stream, logprobs, pooling)
+            generation = self.manager.generate(rid, sequences, stream, logprobs, pooling)
         except ValueError as error:
             raise bad_value(error, names) from None
+        if self.args.request_timeout is not None:
+            generation.expire_after(self.args.request_timeout)
+        if self.request_log is not None:
+            self.request_log.received(rid, sequences)
+            generation.on_close = self.request_log.ended
+        return generation
 
 
 def _sibling(params: SamplingParams, index: int) -> SamplingParams:

@@ -54,8 +54,8 @@ class Sequence:
     """One sequence of a generation: what it has said that its reader has not taken yet."""
 
     __slots__ = (
-        "cached_tokens", "embedding", "end", "first_at", "generation", "handle", "ids", "index", "is_news",
-        "logprobs", "num_taken", "prompt_logprobs", "prompt_tokens", "text",
+        "cached_tokens", "embedding", "end", "first_at", "generation", "handle", "ids", "index",
+        "is_news", "last_at", "logprobs", "num_taken", "prompt_logprobs", "prompt_tokens", "text",
     )  # fmt: skip
 
     def __init__(self, generation: Generation, index: int, handle: int, prompt_len: int) -> None:
@@ -74,8 +74,8 @@ class Sequence:
         """float32[hidden_size], packed, if the request wants one."""
         self.prompt_tokens = prompt_len
         self.cached_tokens = 0
-        self.first_at = 0.0
-        """When its first token came."""
+        self.first_at = self.last_at = 0.0
+        """When its first token came, and its latest."""
         self.end: StreamEnd | None = None
         self.is_news = False
 
@@ -106,6 +106,18 @@ class Generation:
         self._news: list[Sequence] = []
         self._waiter: asyncio.Future[None] | None = None
         self._closed = False
+        self._timer: asyncio.TimerHandle | None = None
+        self.timed_out = False
+        self.on_close: Callable[[Generation], None] | None = None
+
+    def expire_after(self, seconds: float) -> None:
+        """Closes it then, as `timed_out`."""
+        self._timer = asyncio.get_running_loop().call_later(seconds, self._expire)
+
+    def _expire(self) -> None:
+        if self._open:
+            self.timed_out = True
+            self.close()
 
     @property
     def is_open(self) -> bool:
@@ -149,15 +161,17 @@ class Generation:
         """Nobody reads any more: what still runs is aborted. May be called at any time, twice."""
         if not self._closed:
             self._closed = True
+            if self._timer is not None:
+                self._timer.cancel()
             self._manager.forget(self)
+            if self.on_close is not None:
+                self.on_close(self)
             self._wake()
 
     def push(self, sequence: Sequence, delta: StreamDelta) -> None:
         """The token path."""
         sequence.text += delta.text
         sequence.ids += delta.token_ids
-        if not sequence.first_at and delta.token_ids:
-            sequence.first_at = time.monotonic()
         if delta.cached_tokens:
             sequence.cached_tokens = delta.cached_tokens
         if delta.logprobs:
@@ -212,7 +226,7 @@ class Inbox:
 class TokenizerManager:
     """Owns handles and per-request state. Made, and used, within a running event loop."""
 
-    def __init__(self, addresses: Addresses, vocab_size: int) -> None:
+    def __init__(self, addresses: Addresses, vocab_size: int, model_name: str = "") -> None:
         self._context = zmq.Context()
         self._router = connect_outbox(self._context, addresses.router)
         self._socket = bind_inbox(self._context, addresses.tokenizer_manager)
@@ -220,7 +234,7 @@ class TokenizerManager:
         self._inbox = Inbox(self._socket, self._receive)
         self._vocab_size = vocab_size
         self._limits: Limits | None = None
-        self.metrics = Metrics()
+        self.metrics = Metrics(model_name)
         self._profile = Profile(addresses.folder)
         self._engine: asyncio.Future[EngineReady] = asyncio.get_running_loop().create_future()
         self._handles = itertools.count(1)
@@ -275,6 +289,7 @@ class TokenizerManager:
         for handle in handles:
             self._sequences.pop(handle, None)
         if handles:
+            self.metrics.forgotten(len(handles))
             self._router.send(encode(AbortRequest(handles)))
 
     def abort(self, rid: str) -> bool:
@@ -322,14 +337,20 @@ class TokenizerManager:
         message = self._decode(frame)
         match message:
             case TextBatch():
-                sequences = self._sequences
+                sequences, now = self._sequences, time.monotonic()
                 for delta in message.deltas:
                     sequence = sequences.get(delta.handle)
                     if sequence is None:
                         continue  # its reader has gone
+                    if delta.token_ids:
+                        if sequence.first_at:
+                            self.metrics.token_intervals.append(now - sequence.last_at)
+                        else:
+                            sequence.first_at = now
+                        sequence.last_at = now
                     if delta.end is not None:
                         del sequences[delta.handle]
-                        self._observe(sequence.generation, sequence, delta)
+                        self._observe(sequence, delta.end)
                     sequence.generation.push(sequence, delta)
             case Stats():
                 _answer(self._stats, message)
@@ -341,12 +362,10 @@ class TokenizerManager:
                 )
                 self._engine.set_result(message)
 
-    def _observe(self, generation: Generation, sequence: Sequence, last: StreamDelta) -> None:
-        assert last.end is not None
-        now = time.monotonic()
-        first = sequence.first_at or (now if last.token_ids else 0.0)
-        count = last.end.completion_tokens
-        self.metrics.observe(last.end.reason, generation.start, first, now, count)
+    def _observe(self, sequence: Sequence, end: StreamEnd) -> None:
+        start, first = sequence.generation.start, sequence.first_at
+        last = sequence.last_at or time.monotonic()
+        self.metrics.observe(end.reason, start, first, last, end.completion_tokens)
 
     def close(self) -> None:
         self._inbox.close()

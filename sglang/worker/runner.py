@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from sglang.worker.graphs import (
 )
 from sglang.worker.kv_pool import KVPool, num_slots_that_fit
 from sglang.worker.parallel import TensorParallel
-from sglang.worker.prompt_logprobs import PromptScorer, ScoredSpan, Span
+from sglang.worker.prompt_logprobs import PromptScorer, ScoredSpan
 from sglang.worker.rows import RowState, StepArrays
 from sglang.worker.sampler import Masks, RowLogprobs, Sampler, draw
 from sglang.worker.warm_up import warm_up
