@@ -143,7 +143,7 @@ def _dot_kernel(
 
 def choose_config(num_tokens: int, n: int, k: int) -> DotConfig:
     """The quickest on an H200 at the shapes of Llama-2-7B."""
-    block_m = min(max(triton.next_power_of_2(num_tokens), 16), 64)
+    block_m = min(max(triton.next_power_of_2(num_tokens), 8), 64)
     small = block_m <= 32
     block_n = 64 if small else 128
     tiles = triton.cdiv(n, block_n) * triton.cdiv(num_tokens, block_m)
