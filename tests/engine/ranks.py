@@ -14,8 +14,8 @@ from sglang.server_args import ServerArgs
 from sglang.worker.parallel import TensorParallel
 from tests.engine.inprocess import InProcessEngine
 
-POOL = {"num_slots": 180, "chunk_size": 16, "conservativeness": 0.0}
-"""So little that prompts come in chunks and requests are preempted."""
+NUM_TOKENS = 12
+"""Of an answer."""
 
 
 def params_of(i: int) -> SamplingParams:
@@ -26,17 +26,19 @@ def params_of(i: int) -> SamplingParams:
         {"temperature": 1.0, "seed": i, "top_k": 20, "top_p": 0.9},
         {"temperature": 0.0, "frequency_penalty": 0.5},
     ]
-    return SamplingParams(max_new_tokens=12, ignore_eos=True, **kinds[i % 4])
+    return SamplingParams(max_new_tokens=NUM_TOKENS, ignore_eos=True, **kinds[i % 4])
 
 
 def outputs_of(path: str, prompts: list[list[int]], tp: TensorParallel) -> list[list[int]]:
-    """The model's answers to prompts that are all there at once."""
+    """The model's answers to prompts that are all there at once, come in chunks, and find slots for
+    no more than half of them."""
     args = ServerArgs(
         model_path=path, device="cpu", dtype="float32", max_total_tokens=512, tp_size=tp.size,
         context_length=256, max_running_requests=16, check_ranks=True,
     )  # fmt: skip
     engine = InProcessEngine(args, tp=tp)
-    scheduler = engine.scheduler(**POOL)
+    num_slots = sum(len(prompt) + NUM_TOKENS for prompt in prompts) // 2
+    scheduler = engine.scheduler(num_slots=num_slots, chunk_size=16, conservativeness=0.0)
     outputs = engine.generate(scheduler, prompts, [params_of(i) for i in range(len(prompts))])
     assert scheduler.stats().preemptions > 0
     return outputs

@@ -29,7 +29,7 @@ def work(tmp_path_factory) -> list[tuple[str, list[list[int]]]]:
     demo_model_for_ranks(folder / "demo")
     args = ServerArgs(device="cpu")
     tokenizer = Tokenizer.load(ModelConfig.load(args), args)
-    texts = [tokenizer.encode(text) for text in PROMPTS[8:20]]
+    texts = [tokenizer.encode(text) for text in PROMPTS[10:16]]
     tiny_ones = [(str(folder / name), PROMPT_IDS) for name in ("qwen3", "mistral", "awq")]
     return [*tiny_ones, (str(folder / "demo"), texts)]
 
