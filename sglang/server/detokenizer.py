@@ -54,7 +54,7 @@ class StopFinder:
         if found is not None:
             self._held = ""
             return text[: first_end if self._keep else first_end - len(found)], found
-        shown = min((self._first_prefix(text, stop) for stop in self._stops), default=len(text))
+        shown = min((self.first_prefix(text, stop) for stop in self._stops), default=len(text))
         self._held = text[shown:]
         return text[:shown], None
 
@@ -64,7 +64,7 @@ class StopFinder:
         return held
 
     @staticmethod
-    def _first_prefix(text: str, stop: str) -> int:
+    def first_prefix(text: str, stop: str) -> int:
         """Where the longest suffix of `text` begins that `stop` starts with; else len(text)."""
         at = text.find(stop[0], max(len(text) - len(stop) + 1, 0))
         while at >= 0:

@@ -12,8 +12,9 @@ from sglang.server.errors import ApiError
 from sglang.server.limits import LogprobsWanted
 from sglang.server.openai import writing
 from sglang.server.openai.logprobs import chat_logprobs
+from sglang.server.openai.reasoning import ReasoningSplitter
 from sglang.server.openai.schemas import ChatMessage, ChatRequest
-from sglang.server.openai.tool_calls import ReasoningSplitter, ToolCall, ToolParser
+from sglang.server.openai.tool_calls import CallDelta, ToolParser, whole_calls
 from sglang.server.openai.writing import dumps
 from sglang.server.responses import DONE, GenerationResponse
 from sglang.server.service import Service, new_id
@@ -24,13 +25,20 @@ from sglang.tokenizer import Tokenizer
 class _Parsing:
     """One sequence's text, split into reasoning, content and tool calls."""
 
-    def __init__(self, splitter: ReasoningSplitter | None, parser: ToolParser | None) -> None:
-        self._splitter, self._parser = splitter, parser
-        self.num_calls = 0
+    def __init__(
+        self,
+        splitter: ReasoningSplitter | None,
+        parser: ToolParser | None,
+        max_calls: int | None,
+    ) -> None:
+        """max_calls: those beyond are not told."""
+        self._splitter, self._parser, self._max_calls = splitter, parser, max_calls
+        self.has_called = False
 
-    def push(self, text: str, is_last: bool) -> tuple[str, str, list[ToolCall]]:
-        """(reasoning, content, calls) that are new."""
-        reasoning, calls = "", []
+    def push(self, text: str, is_last: bool) -> tuple[str, str, list[CallDelta]]:
+        """(reasoning, content, pieces of calls) that are new."""
+        reasoning: str = ""
+        calls: list[CallDelta] = []
         if self._splitter is not None:
             reasoning, text = self._splitter.push(text)
             if is_last:
@@ -41,7 +49,9 @@ class _Parsing:
             if is_last:
                 more_text, more_calls = self._parser.finish()
                 text, calls = text + more_text, calls + more_calls
-        self.num_calls += len(calls)
+        if self._max_calls is not None:
+            calls = [call for call in calls if call.index < self._max_calls]
+        self.has_called = self.has_called or bool(calls)
         return reasoning, text, calls
 
 
@@ -54,9 +64,11 @@ class ChatWriter:
         tokenizer: Tokenizer,
         reasoning_parser: str | None,
         tool_call_parser: str | None,
+        call_ids: str,
     ) -> None:
-        """The parsers: None where nothing is to be parsed."""
+        """The parsers: None where nothing is to be parsed. call_ids: for which one."""
         self._parsing: list[_Parsing] = []
+        self._call_ids = call_ids
         if reasoning_parser or tool_call_parser:
             names = {tool.function.name for tool in request.tools or []}
             self._parsing = [
@@ -65,6 +77,7 @@ class ChatWriter:
                     if reasoning_parser
                     else None,
                     ToolParser(tool_call_parser, names) if tool_call_parser else None,
+                    1 if request.parallel_tool_calls is False else None,
                 )
                 for _ in generation.sequences
             ]
@@ -124,14 +137,13 @@ class ChatWriter:
 
     def _parsed_event(self, sequence: Sequence) -> bytes:
         parsing, is_last = self._parsing[sequence.index], sequence.end is not None
-        first_call = parsing.num_calls
         reasoning, content, calls = parsing.push(sequence.take_text(), is_last)
         deltas: list[dict[str, Any]] = [
             {name: value}
             for name, value in (("reasoning_content", reasoning), ("content", content))
             if value
         ]
-        deltas += [{"tool_calls": [c.message(first_call + i)]} for i, c in enumerate(calls)]
+        deltas += [{"tool_calls": [call.message(self._call_ids)]} for call in calls]
         logprobs = self._logprobs(sequence)
         if logprobs and logprobs["content"] and not deltas:
             deltas.append({"content": ""})
@@ -145,8 +157,9 @@ class ChatWriter:
 
     def _end(self, sequence: Sequence) -> dict[str, Any]:
         end = writing.finish(sequence)
-        called = self._parsing and self._parsing[sequence.index].num_calls
-        return {**end, "finish_reason": "tool_calls"} if called else end
+        called = self._parsing and self._parsing[sequence.index].has_called
+        is_whole = end["finish_reason"] == "stop"
+        return {**end, "finish_reason": "tool_calls"} if called and is_whole else end
 
     def _message(self, sequence: Sequence) -> dict[str, Any]:
         if not self._parsing:
@@ -156,7 +169,7 @@ class ChatWriter:
         if reasoning:
             message["reasoning_content"] = reasoning
         if calls:
-            message["tool_calls"] = [call.message() for call in calls]
+            message["tool_calls"] = whole_calls(calls, self._call_ids)
         else:
             message["content"] = content
         return message
@@ -284,6 +297,7 @@ def chat_router(service: Service) -> APIRouter:
             service.need_tokenizer(),
             reasoning,
             reads_calls,
+            service.args.tool_call_parser,
         )
         return GenerationResponse(generation, writer, bool(request.stream))
 

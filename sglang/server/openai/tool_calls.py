@@ -1,11 +1,11 @@
-"""Tool calls and reasoning in a model's text, as it streams.
+"""Tool calls in a model's text, as it streams.
 
 Each model family writes its calls in a way of its own:
 
     hermes    <tool_call>{"name": "f", "arguments": {...}}</tool_call>        Qwen, Hermes
     llama3    {"name": "f", "parameters": {...}}; ...                         after <|python_tag|>
     pythonic  [f(x=1), g(y="z")]                                              Llama 3.2 and 4
-    mistral   [TOOL_CALLS][{"name": "f", "arguments": {...}}]
+    mistral   [TOOL_CALLS][{"name": "f", "arguments": {...}}]   or  [TOOL_CALLS]f[ARGS]{...}
     json      [{"name": "f", "parameters": {...}}]    what tool_choice forces
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import uuid
 from dataclasses import dataclass
 from typing import Any
@@ -20,118 +21,264 @@ from typing import Any
 from sglang.server.detokenizer import StopFinder
 
 PARSERS = ("hermes", "llama3", "pythonic", "mistral")
+_MARKER = {"hermes": "<tool_call>", "mistral": "[TOOL_CALLS]"}
+_HERMES_END = "</tool_call>"
+_HEADER = re.compile(
+    r'\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)'
+)
+"""Up to the arguments, if they are an object."""
+_BETWEEN = re.compile(r"(?:<\|python_tag\|>|<tool_call>|\[TOOL_CALLS\]|[\s,;\]]|\[(?=[^T]))*")
 
 
 @dataclass
-class ToolCall:
-    name: str
-    arguments: str
-    """JSON."""
+class CallDelta:
+    """A piece of one call; joined, the `arguments` are JSON, as the model wrote it."""
 
-    def message(self, index: int | None = None) -> dict[str, Any]:
-        """index: in a stream, which of the reply's calls it is."""
-        function = {"name": self.name, "arguments": self.arguments}
-        place = {} if index is None else {"index": index}
-        id = f"call_{uuid.uuid4().hex[:24]}"
-        return {**place, "id": id, "type": "function", "function": function}
+    index: int
+    """Which of the reply's calls."""
+    arguments: str = ""
+    name: str | None = None
+    """In the first delta of a call."""
+
+    def message(self, kind: str) -> dict[str, Any]:
+        """As a stream tells it."""
+        function = {"arguments": self.arguments}
+        if self.name is None:
+            return {"index": self.index, "function": function}
+        function = {"name": self.name, **function}
+        return {
+            "index": self.index,
+            "id": new_call_id(kind),
+            "type": "function",
+            "function": function,
+        }
+
+
+def new_call_id(kind: str) -> str:
+    """Mistral's chat templates take ids of nine letters and digits only."""
+    return uuid.uuid4().hex[:9] if kind == "mistral" else f"call_{uuid.uuid4().hex[:24]}"
+
+
+def whole_calls(deltas: list[CallDelta], kind: str) -> list[dict[str, Any]]:
+    """As a reply that is not streamed has them."""
+    calls: list[dict[str, Any]] = []
+    for delta in deltas:
+        if delta.name is not None:
+            calls.append({**delta.message(kind), "id": new_call_id(kind)})
+            del calls[-1]["index"]
+        else:
+            calls[delta.index]["function"]["arguments"] += delta.arguments
+    return calls
+
+
+class _Brackets:
+    """Finds where a JSON object or array ends, in a text that comes in pieces."""
+
+    def __init__(self, depth: int = 0) -> None:
+        """depth: of the brackets that are open already."""
+        self._depth = depth
+        self._in_string = self._is_escaped = False
+
+    def end(self, text: str, start: int = 0) -> int | None:
+        """text: what is new, from `start` on -> the index after the last bracket."""
+        for i in range(start, len(text)):
+            char = text[i]
+            if self._is_escaped:
+                self._is_escaped = False
+            elif self._in_string:
+                self._in_string = char != '"'
+                self._is_escaped = char == "\\"
+            elif char == '"':
+                self._in_string = True
+            elif char in "{[":
+                self._depth += 1
+            elif char in "}]":
+                self._depth -= 1
+                if self._depth <= 0:
+                    return i + 1
+        return None
 
 
 class ToolParser:
-    """Splits a text that comes in pieces into content and calls. A call is told when it is whole;
-    what turns out to be none is content."""
+    """Splits a text that comes in pieces into content and calls. A call is told from its arguments'
+    first character on (a pythonic one at the end); what turns out to be none is content."""
 
     def __init__(self, kind: str, names: set[str]) -> None:
         """names: of the tools that there are."""
         self._kind, self._names = kind, names
         self._text = ""
-        """Not told yet: a call that has begun, or what may be the beginning of one."""
-        self._begun = kind == "json"
-        self._said = self._after_call = False
+        """Not told yet."""
+        self._inside = kind == "json"
+        """Where calls are, or what looks like one."""
+        self._is_start = True
+        """Nothing has been told."""
+        self._after_call = False
+        self._arguments: _Brackets | None = None
+        """Of the call that is being told."""
+        self._rest: _Brackets | None = None
+        """Of the object that it is in, after them."""
+        self._object: tuple[_Brackets, int] | None = None
+        """An object that may be a call, and how much of it has been looked at."""
+        self._num_calls = 0
 
-    def push(self, piece: str) -> tuple[str, list[ToolCall]]:
+    def push(self, piece: str) -> tuple[str, list[CallDelta]]:
         self._text += piece
-        content, calls = "", []
-        while True:
-            if not self._begun:
-                content += self._take_content()
-            if not self._begun or self._kind != "hermes":
-                return content, calls
-            end = self._text.find("</tool_call>")
-            if end < 0:
-                return content, calls
-            raw, self._text = self._text[:end], self._text[end + len("</tool_call>") :]
-            found = self._parse(raw[len("<tool_call>") :])
-            calls += found
-            content += "" if found else raw + "</tool_call>"
-            self._after_call = bool(found)
-            self._begun = False
+        content: list[str] = []
+        deltas: list[CallDelta] = []
+        while self._advance(content, deltas):
+            pass
+        return "".join(content), deltas
 
-    def _take_content(self) -> str:
-        """What is surely no call; sets `_begun` where one begins."""
-        if self._kind in ("llama3", "pythonic"):  # a call is the whole reply
-            text = self._text.lstrip()
-            if not text or "<|python_tag|>".startswith(text):
-                return ""
-            starts = ("<|python_tag|>", "{") if self._kind == "llama3" else ("<|python_tag|>", "[")
-            if not self._said and text.startswith(starts):
-                self._begun = True
-                return ""
-            content, self._text = self._text, ""
-        else:
-            marker = "<tool_call>" if self._kind == "hermes" else "[TOOL_CALLS]"
-            at = self._text.find(marker)
-            if at < 0:
-                at = StopFinder._first_prefix(self._text, marker)
-            else:
-                self._begun = True
-            content, self._text = self._text[:at], self._text[at:]
-            if self._after_call:  # line breaks between calls
-                content = content.lstrip()
-                self._after_call = not content
-        self._said = self._said or bool(content.strip()) or self._begun
-        return content
-
-    def finish(self) -> tuple[str, list[ToolCall]]:
+    def finish(self) -> tuple[str, list[CallDelta]]:
         """When no more text comes."""
         text, self._text = self._text, ""
-        if not self._begun:
-            return text, []
-        raw = text
-        for marker in ("<tool_call>", "<|python_tag|>", "[TOOL_CALLS]"):
-            raw = raw.replace(marker, "", 1)
-        calls = self._parse(raw)
-        return ("", calls) if calls else (text, [])
+        deltas: list[CallDelta] = []
+        if self._inside and self._kind == "pythonic":
+            self._tell(_pythonic_calls(text.replace("<|python_tag|>", "", 1)), deltas)
+        is_told = self._rest is not None or (self._num_calls and _BETWEEN.fullmatch(text))
+        return "" if deltas or is_told else text, deltas
 
-    def _parse(self, raw: str) -> list[ToolCall]:
-        """[] where it is no call, or one of a tool that does not exist."""
-        try:
-            calls = _pythonic_calls(raw) if self._kind == "pythonic" else _json_calls(raw)
-        except (ValueError, TypeError, KeyError, AttributeError, SyntaxError, RecursionError):
-            return []
-        return calls if all(call.name in self._names for call in calls) else []
+    def _advance(self, content: list[str], deltas: list[CallDelta]) -> bool:
+        """One step; False if it takes more text."""
+        if self._arguments is not None:
+            return self._read_arguments(deltas)
+        if self._rest is not None:
+            end = self._rest.end(self._text)
+            self._text = "" if end is None else self._text[end:]
+            self._rest = None if end is not None else self._rest
+            return end is not None
+        if self._inside:
+            return self._kind != "pythonic" and self._read_call(content, deltas)
+        return self._read_content(content)
+
+    def _read_content(self, content: list[str]) -> bool:
+        """What is surely no call; goes inside where one begins."""
+        if self._is_start and self._kind in ("llama3", "pythonic"):  # a call is the whole reply
+            text = self._text.lstrip()
+            if not text or "<|python_tag|>".startswith(text):
+                return False
+            if text.startswith(("<|python_tag|>", "{" if self._kind == "llama3" else "[")):
+                self._inside = True
+                return True
+        at = len(self._text)
+        if (marker := _MARKER.get(self._kind)) is not None:
+            at = self._text.find(marker)
+            self._inside = at >= 0
+            if not self._inside:
+                at = StopFinder.first_prefix(self._text, marker)
+        said, self._text = self._text[:at], self._text[at:]
+        if self._after_call:  # line breaks between calls
+            said = said.lstrip()
+            self._after_call = not said
+        if said:
+            self._is_start = False
+            content.append(said)
+        return self._inside
+
+    def _read_call(self, content: list[str], deltas: list[CallDelta]) -> bool:
+        """Up to a call's arguments, or all of it."""
+        between = _BETWEEN.match(self._text)
+        assert between is not None
+        start, text = between.end(), self._text[between.end() :]
+        if self._kind == "hermes" and self._num_calls and text.startswith(_HERMES_END):
+            self._text, self._inside, self._after_call = text[len(_HERMES_END) :], False, True
+            return True
+        header = _HEADER.match(text)
+        if header is not None and (name := _unquote(header[1])) in self._names:
+            self._begin(name, text[header.end() :], _Brackets(1), deltas)
+            return True
+        if self._kind == "mistral" and (header := re.match(r"([\w.-]+)\[ARGS\]\s*(?=\{)", text)):
+            if header[1] in self._names:
+                self._begin(header[1], text[header.end() :], None, deltas)
+                return True
+        elif self._may_become_call(text):
+            return False
+        if text.startswith("{"):
+            brackets, seen = self._object or (_Brackets(), 0)
+            end = brackets.end(text, seen)
+            self._object = (brackets, len(text))
+            if end is None:
+                return False
+            self._object = None
+            if self._tell(_json_call(text[:end]), deltas):
+                self._text = text[end:]
+                return True
+        self._give_up(start, content)
+        return True
+
+    def _may_become_call(self, text: str) -> bool:
+        """It is the beginning of something other than an object that belongs to calls."""
+        if text in ("", "["):
+            return True
+        ends = {"hermes": [_HERMES_END], "llama3": ["<|python_tag|>"]}.get(self._kind, [])
+        if self._kind == "mistral":
+            ends = ["[TOOL_CALLS]", *(f"{name}[ARGS]" for name in self._names)]
+        return any(end.startswith(text.rstrip()) for end in ends)
+
+    def _begin(self, name: str, text: str, rest: _Brackets | None, deltas: list[CallDelta]) -> None:
+        deltas.append(CallDelta(self._num_calls, name=name))
+        self._num_calls += 1
+        self._text, self._arguments, self._rest = text, _Brackets(), rest
+        self._object = None
+        self._is_start = False
+
+    def _read_arguments(self, deltas: list[CallDelta]) -> bool:
+        assert self._arguments is not None
+        end = self._arguments.end(self._text)
+        piece = self._text if end is None else self._text[:end]
+        if piece:
+            deltas.append(CallDelta(self._num_calls - 1, piece))
+        self._text = self._text[len(piece) :]
+        if end is None:
+            return False
+        self._arguments = None
+        return True
+
+    def _tell(self, calls: list[tuple[str, str]], deltas: list[CallDelta]) -> bool:
+        """False, and nothing told, where one of the tools does not exist."""
+        if not calls or any(name not in self._names for name, _ in calls):
+            return False
+        for name, arguments in calls:
+            deltas += [CallDelta(self._num_calls, name=name), CallDelta(self._num_calls, arguments)]
+            self._num_calls += 1
+        self._is_start = False
+        return True
+
+    def _give_up(self, start: int, content: list[str]) -> None:
+        """What is next, at `start`, is no call. Another one may follow where calls are marked."""
+        end = start if self._kind == "hermes" else len(self._text)
+        content.append(self._text[:end])
+        self._text, self._inside, self._is_start = self._text[end:], False, False
+        if self._kind != "hermes":
+            self._kind = "none"
 
 
-def _json_calls(raw: str) -> list[ToolCall]:
-    """Objects, one after the other or in a list."""
-    decoder, values, raw = json.JSONDecoder(), [], raw.strip()
-    while raw:
-        value, end = decoder.raw_decode(raw)
-        values += value if isinstance(value, list) else [value]
-        raw = raw[end:].lstrip("; \n")
-    calls = []
-    for value in values:
+def _unquote(string: str) -> str | None:
+    try:
+        return json.loads(string)
+    except ValueError:
+        return None
+
+
+def _json_call(text: str) -> list[tuple[str, str]]:
+    """[(name, arguments as JSON)]; [] where it is no call."""
+    try:
+        value = json.loads(text)
         arguments = value.get("arguments", value.get("parameters", {}))
-        text = arguments if isinstance(arguments, str) else json.dumps(arguments)
-        calls.append(ToolCall(value["name"], text))
-    return calls
+        return [(value["name"], arguments if isinstance(arguments, str) else json.dumps(arguments))]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return []
 
 
-def _pythonic_calls(raw: str) -> list[ToolCall]:
-    body = ast.parse(raw.strip(), mode="eval").body
+def _pythonic_calls(text: str) -> list[tuple[str, str]]:
+    """[(name, arguments as JSON), ...]; [] where it is no list of calls."""
     calls = []
-    for node in body.elts:  # type: ignore[attr-defined]
-        arguments = {keyword.arg: ast.literal_eval(keyword.value) for keyword in node.keywords}
-        calls.append(ToolCall(node.func.id, json.dumps(arguments)))
+    try:
+        for node in ast.parse(text.strip(), mode="eval").body.elts:  # type: ignore[attr-defined]
+            arguments = {keyword.arg: ast.literal_eval(keyword.value) for keyword in node.keywords}
+            calls.append((node.func.id, json.dumps(arguments)))
+    except (ValueError, TypeError, AttributeError, SyntaxError, RecursionError, MemoryError):
+        return []
     return calls
 
 
@@ -151,41 +298,3 @@ def forced_calls_schema(functions: list[dict[str, Any]], parallel: bool) -> dict
     ]
     schema: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"anyOf": items}}
     return schema if parallel else {**schema, "maxItems": 1}
-
-
-class ReasoningSplitter:
-    """<think>...</think> and then the answer, told apart as they stream."""
-
-    def __init__(self, begun: bool) -> None:
-        """begun: the prompt ends within the reasoning."""
-        self._state = "thinking" if begun else "start"
-        self._text = ""
-
-    def push(self, piece: str) -> tuple[str, str]:
-        """(reasoning, answer)."""
-        self._text += piece
-        if self._state == "start":
-            text = self._text.lstrip()
-            if text.startswith("<think>"):
-                self._state, self._text = "thinking", text[len("<think>") :]
-            elif "<think>".startswith(text):
-                return "", ""
-            else:
-                self._state = "answer"
-        reasoning = ""
-        if self._state == "thinking":
-            if self._text.startswith("<think>"):
-                self._text = self._text[len("<think>") :]
-            at = self._text.find("</think>")
-            if at < 0:
-                at = StopFinder._first_prefix(self._text, "</think>")
-                reasoning, self._text = self._text[:at], self._text[at:]
-                return reasoning, ""
-            reasoning, self._text = self._text[:at], self._text[at + len("</think>") :].lstrip("\n")
-            self._state = "answer"
-        answer, self._text = self._text, ""
-        return reasoning, answer
-
-    def finish(self) -> tuple[str, str]:
-        text, self._text = self._text, ""
-        return (text, "") if self._state == "thinking" else ("", text)
