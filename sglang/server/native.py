@@ -287,6 +287,7 @@ def native_router(service: Service) -> APIRouter:
             "max_running_requests": service.engine.max_running_requests,
             "context_length": service.engine.context_len,
             "num_requests": manager.num_generations,
+            "event_loop_lag_ms": service.lag.figures(),
             "stats": msgspec.structs.asdict(await manager.stats()),
         }
 

@@ -14,6 +14,7 @@ from sglang.router.grammar import check_grammar, grammar_kind
 from sglang.sampling_params import SamplingParams
 from sglang.server.errors import ApiError, bad_value
 from sglang.server.limits import NO_LOGPROBS, LogprobsWanted
+from sglang.server.loop_lag import LoopLag
 from sglang.server.request_log import RequestLog
 from sglang.server.tokenizer_manager import Generation, TokenizerManager
 
@@ -43,6 +44,7 @@ class Service:
         self.args, self.model, self.tokenizer = args, model, tokenizer
         self.manager, self.engine = manager, engine
         self.created = int(time.time())
+        self.lag = LoopLag()
         self.request_log = None
         if args.log_requests:
             self.request_log = RequestLog(args.log_requests_level, tokenizer)
