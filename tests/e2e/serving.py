@@ -55,7 +55,8 @@ class Server:
 
     def children(self) -> dict[str, psutil.Process]:
         """By name: "router", "detokenizer", "model worker 0"."""
-        return {p.cmdline()[-1]: p for p in psutil.Process(self.process.pid).children()}
+        children = psutil.Process(self.process.pid).children()
+        return {(p.cmdline() or [""])[-1]: p for p in children}
 
     def stop(self, signum: int = signal.SIGTERM) -> int:
         """Returns the exit code."""

@@ -19,6 +19,7 @@ import requests
 
 from tests.e2e.serving import Server
 
+CHILDREN = ["model worker 0", "router", "detokenizer"]
 LONG = {"max_new_tokens": 4000, "ignore_eos": True, "temperature": 0}
 
 
@@ -31,11 +32,20 @@ def launch(*flags: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
 
-@pytest.mark.parametrize("child", ["model worker 0", "router", "detokenizer"])
-def test_a_killed_process_ends_the_server_with_its_cause(child):
-    server = Server().wait_ready()
+@pytest.mark.parametrize("child", CHILDREN)
+@pytest.mark.parametrize("when", ["starting", "under load"])
+def test_a_killed_process_ends_the_server_with_its_cause(child, when):
+    server = Server()
+    streams = []
+    if when == "starting":
+        while set(server.children()) != set(CHILDREN):
+            time.sleep(0.01)
+    else:
+        server.wait_ready()
+        body = {"text": ["1, 2,", "a, b,"] * 4, "sampling_params": LONG, "stream": True}
+        streams.append(server.post("/generate", body, stream=True).iter_content(None))
+        next(streams[0])
     children = server.children()
-    assert set(children) == {"model worker 0", "router", "detokenizer"}
     assert len(folders(server.process.pid)) == 1
     killed_at = time.monotonic()
     children[child].send_signal(signal.SIGKILL)
@@ -45,6 +55,18 @@ def test_a_killed_process_ends_the_server_with_its_cause(child):
     last = server.stderr().strip().splitlines()[-1]
     assert last == f"error: {child} was killed by signal 9 (SIGKILL)"
     assert folders(server.process.pid) == []
+    for stream in streams:
+        with pytest.raises(requests.exceptions.ChunkedEncodingError):
+            list(stream)
+
+
+def test_a_killed_launcher_leaves_no_process():
+    server = Server().wait_ready()
+    children = server.children()
+    server.process.kill()
+    server.process.wait(timeout=5)
+    _, alive = psutil.wait_procs(children.values(), timeout=5)
+    assert not alive
 
 
 def test_two_servers_live_side_by_side_and_sigterm_ends_one_cleanly(server: Server):
