@@ -96,11 +96,13 @@ def decode_config(
 ) -> DecodeConfig:
     """dtype: the cache's."""
     sms = torch.cuda.get_device_properties(device).multi_processor_count
-    block_n, num_stages = (128, 2) if head_dim <= 128 else (32, 2)
-    if dtype.itemsize == 1:  # half the bytes a tile, so twice the tiles under way
-        block_n, num_stages = block_n // 2, 4
     # About two programs an SM; with many rows, further splits only for those that are very long.
     fill = max(2 * sms // (num_rows * num_kv_heads), 1)
+    block_n, num_stages = (128, 2) if fill == 1 else (64, 3)
+    if dtype.itemsize == 1:
+        block_n, num_stages = (64, 3) if fill == 1 else (64, 2)
+    if head_dim > 128:
+        block_n, num_stages = 32, 2
     split_tokens = 128 if fill >= 16 else 256 if fill >= 4 else 1024
     splits = max(1 << fill.bit_length() - 1, 4)
     return DecodeConfig(

@@ -17,6 +17,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sglang.kernels.launch import counters, launch_next, pdl, wait_for_previous
 
+_HIDDEN = tl.constexpr(-(2.0**100))
+"""The score of a key that a query does not see. Finite, not -inf: a window may hide all of a tile
+from a query, and -inf less -inf is NaN. What such a tile adds is scaled away by the first tile that
+is seen. A power of two: times the scale it is exact, so that less itself it is zero."""
+
 
 def extend_attention(
     q: torch.Tensor,
@@ -169,9 +174,7 @@ def _attend(
             visible = (distance >= 0) & (at + n < end)[None, :]
             if WINDOW > 0:
                 visible = visible & (distance < WINDOW)
-            # Finite, not -inf: a window may hide all of a tile from a query, and -inf less -inf is
-            # NaN. What such a tile adds is scaled away by the first tile that is seen.
-            scores = tl.where(visible, scores, -1.0e30)
+            scores = tl.where(visible, scores, _HIDDEN)
         new_most = tl.maximum(most, tl.max(scores, 1))
         weights = tl.exp2(scores * scale_log2 - (new_most * scale_log2)[:, None])
         shrink = tl.exp2((most - new_most) * scale_log2)
@@ -280,23 +283,25 @@ def _extend_kernel(
                 seen_by_all = tl.minimum(prefix + first + 1, end)
                 new_masked += tl.maximum(seen_by_all - new_start, 0) // BLOCK_N * BLOCK_N
             if split < splits:
-                most = tl.full([BLOCK_M], -1.0e30, tl.float32)
+                most = tl.full([BLOCK_M], _HIDDEN, tl.float32)
                 total = tl.zeros([BLOCK_M], tl.float32)
                 acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
                 tiles_of_new = (new_k, new_v)
                 row_of_key = q_start - prefix
+                # The new tokens come first: behind the unmasked loop over the prefix, ptxas would
+                # wait for every single matrix instruction.
                 FROM: tl.constexpr = 1 if WINDOW > 0 else 0
-                for NEW in tl.static_range(2):
+                for OLD in tl.static_range(2):
                     for MASKED in tl.static_range(FROM, 2):
-                        from_key = new_start if NEW else start
-                        middle = new_masked if NEW else masked
-                        to_key = end if NEW else prefix_end
+                        from_key = start if OLD else new_start
+                        middle = masked if OLD else new_masked
+                        to_key = prefix_end if OLD else end
                         acc, most, total = _attend(
                             acc, most, total, q, query_at,
                             middle if MASKED else from_key, to_key if MASKED else middle,
                             tiles_of_new, kv_head * D, row_of_key,
                             table, k_base, v_base, kv_stride, scale_log2,
-                            NEW, MASKED, WINDOW, D, BLOCK_D, BLOCK_N,
+                            not OLD, MASKED, WINDOW, D, BLOCK_D, BLOCK_N,
                         )  # fmt: skip
                 acc = acc / total[:, None]
                 at = q_row * HQ + head[:, None]  # [BLOCK_M, 1]
