@@ -58,7 +58,6 @@ def answers(server: Server) -> list[list[int]]:
 
 def test_two_ranks_behind_http_say_what_one_says(server, folder):
     assert answers(server) == outputs_of(str(folder), PROMPTS, TensorParallel())
-    assert server.stats()["preemptions"] > 0
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import torch.multiprocessing as mp
 from sglang.kernels import all_reduce as kernel
 
 SIZES = [(4000, torch.float32), (7, torch.float16), (1, torch.float32), (9001, torch.float16)]
+TURNS = len(SIZES) + 2
 
 
 def shares_of(turn: int, ranks: int) -> list[torch.Tensor]:
@@ -25,7 +26,7 @@ def run_rank(rank: int, memories: list[torch.Tensor], results: list[torch.Tensor
     ranks, results = len(memories), iter(results)
     launches = torch.zeros(kernel.MAX_PROGRAMS, dtype=torch.int32)
     args = (tuple(memory.data_ptr() for memory in memories), launches, rank)
-    for turn in range(2 * len(SIZES)):
+    for turn in range(TURNS):
         next(results)[rank] = kernel.all_reduce_triton(shares_of(turn, ranks)[rank], *args)
     next(results)[rank] = kernel.all_reduce_triton(keys_of(ranks)[rank], *args, largest=True)
 
@@ -37,7 +38,7 @@ def test_every_rank_gets_the_same_bits_launch_after_launch(ranks):
         torch.zeros(kernel.memory_bytes(ranks), dtype=torch.uint8).share_memory_()
         for _ in range(ranks)
     ]
-    turns = [shares_of(turn, ranks) for turn in range(2 * len(SIZES))]
+    turns = [shares_of(turn, ranks) for turn in range(TURNS)]
     expected = [kernel.all_reduce_naive(shares) for shares in turns]
     expected.append(kernel.all_reduce_naive(keys_of(ranks), largest=True))
     results = [torch.stack([torch.zeros_like(e)] * ranks).share_memory_() for e in expected]
