@@ -7,7 +7,7 @@ import dataclasses
 import difflib
 import random
 from dataclasses import dataclass, field
-from typing import Any, get_args, get_type_hints
+from typing import Any, NoReturn, get_args, get_type_hints
 
 
 def _flag(default: Any, help: str, *spellings: str, choices: tuple[str, ...] = ()) -> Any:
@@ -191,7 +191,10 @@ def flag_name(field_name: str) -> str:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Names the valid flags when it is given an unknown one."""
+    """Says what is wrong in one line, which names the valid flags or values."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} (--help explains all flags)\n")
 
     def parse_args(self, args=None, namespace=None):  # type: ignore[override]
         parsed, unknown = self.parse_known_args(args, namespace)

@@ -225,6 +225,31 @@ def test_without_a_tokenizer_and_with_a_small_pool_there_are_ids_and_their_limit
     assert server.stop() == 0
 
 
-def test_a_wrong_flag_is_explained():
-    run = launch("--prot", "30000")
-    assert run.returncode == 2 and "did you mean --port?" in run.stderr
+@pytest.mark.parametrize(
+    ("flags", "parts"),
+    [
+        (["--prot", "30000"], ["unknown argument --prot", "did you mean --port?", "--host"]),
+        (["--schedule-policy", "lmp"], ["--schedule-policy", "'lmp'", "lpm", "weight", "fcfs"]),
+        (["--grammar-backend", "outlines"], ["--grammar-backend", "llguidance", "none"]),
+        (["--max-total-tokens", "many"], ["--max-total-tokens", "invalid int value: 'many'"]),
+        (["--overlap-depth", "0"], ["--overlap-depth must be at least 1"]),
+    ],
+)
+def test_a_wrong_flag_is_explained_in_one_line_that_names_what_is_valid(flags, parts):
+    run = launch(*flags)
+    assert run.returncode == 2
+    (line,) = run.stderr.splitlines()
+    assert line.startswith("error: ") and all(part in line for part in parts)
+
+
+def test_without_a_network_and_a_cache_the_demo_model_is_one_clear_line_away(tmp_path, monkeypatch):
+    monkeypatch.setenv("SGLANG_CACHE_DIR", str(tmp_path))
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody listens there
+        monkeypatch.setenv(name.upper(), "http://127.0.0.1:9")
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+    run = launch("--port", "0")
+    assert run.returncode == 1
+    line = run.stderr.splitlines()[-1]
+    assert line.startswith("error: cannot fetch the demo model") and "--model-path" in line
+    assert "Traceback" not in run.stderr and len(run.stderr.splitlines()) == 2, run.stderr
