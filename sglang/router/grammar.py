@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -107,17 +107,23 @@ def check_grammar(params: SamplingParams, backend: str) -> None:
         return
     if backend == "none":
         raise ValueError(f"{kind} is not served here: --grammar-backend is none")
-    from llguidance import LLMatcher
-
     if params.min_new_tokens:
         raise ValueError(f"min_new_tokens cannot be combined with {kind}: a grammar has its end")
+    if (error := _error_in(kind, getattr(params, kind))) is not None:
+        raise ValueError(f"{kind} is not one that this server can follow: {error}")
+
+
+@lru_cache(CACHED_GRAMMARS)
+def _error_in(kind: str, text: str) -> str | None:
+    from llguidance import LLMatcher
+
     try:
-        error = LLMatcher.validate_grammar(_compilable(kind, getattr(params, kind)))
+        error = LLMatcher.validate_grammar(_compilable(kind, text))
     except Exception as bad:  # ValueErrors of several kinds, and lark's own
         error = str(bad)
-    if error and not error.startswith("WARNING"):
-        reason = " ".join(error.split())[:300]
-        raise ValueError(f"{kind} is not one that this server can follow: {reason}")
+    if not error or error.startswith("WARNING"):
+        return None
+    return " ".join(error.split())[:300]
 
 
 def load_tokenizer(args: ServerArgs, model: ModelConfig) -> LLTokenizer:
