@@ -70,7 +70,7 @@ def test_a_killed_launcher_leaves_no_process():
 
 
 def test_two_servers_live_side_by_side_and_sigterm_ends_one_cleanly(server: Server):
-    other = Server("--served-model-name", "another").wait_ready()
+    other = Server("--served-model-name", "another", "--grammar-backend", "none").wait_ready()
     assert other.url != server.url
     assert other.seconds_to_ready < 15
     children = other.children()
@@ -79,6 +79,8 @@ def test_two_servers_live_side_by_side_and_sigterm_ends_one_cleanly(server: Serv
         "sampling_params": {"max_new_tokens": 8, "ignore_eos": True},
     }
     assert other.get("/v1/models").json()["data"][0]["id"] == "another"
+    refused = other.post("/generate", {"text": "hi", "sampling_params": {"regex": "a"}})
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "regex"
 
     short, long = [], []
     generate = {"text": "1, 2, 3,", "sampling_params": {**LONG, "max_new_tokens": 3}}

@@ -56,6 +56,15 @@ def test_stop_strings_and_stop_tokens_work_offline(llm):
     assert stop["text"] == " Paris" and stop["output_ids"] == [7042, 30]
 
 
+def test_grammars_are_obeyed_offline(llm):
+    params = [{**GREEDY, "regex": r" (Paris|Rome)\."}, GREEDY, {**GREEDY, "ebnf": 'root ::= "no"'}]
+    replies = llm.generate([PROMPTS[0]] * 3, params, use_tqdm=False)
+    plain = llm.generate(PROMPTS[0], GREEDY, use_tqdm=False)[0]
+    assert [r["text"] for r in replies] == [" Paris.", plain["text"], "no"]
+    with pytest.raises(ValueError, match="regex is not one that this server can follow"):
+        llm.generate("hi", {"regex": "("}, use_tqdm=False)
+
+
 def test_more_prompts_than_seats_and_slots_all_come_back_right(llm):
     prompts = [f"{i}, {i + 1}," for i in range(150)]
     replies = llm.generate(prompts, {**GREEDY, "max_new_tokens": 4}, use_tqdm=True)
