@@ -17,11 +17,14 @@ MAX_BYTES = 4 << 20
 
 
 class SymmetricMemory:
-    def __init__(self, rank: int, addresses: tuple[int, ...], memory: torch.Tensor) -> None:
-        """addresses: of all ranks' memories; memory: this rank's."""
+    def __init__(
+        self, rank: int, addresses: tuple[int, ...], memory: torch.Tensor, handle: object
+    ) -> None:
+        """addresses: of all ranks' memories, as this rank sees them; memory: this rank's own;
+        handle: what keeps the others' open."""
         self._rank = rank
         self._addresses = addresses
-        self._memory = memory
+        self._kept = (memory, handle)
         self._max_bytes = MAX_BYTES // (len(addresses) - 1)
         self._launches = torch.zeros(
             one_shot.MAX_PROGRAMS, dtype=torch.int32, device=memory.device
@@ -53,7 +56,8 @@ class SymmetricMemory:
         offset = memory.data_ptr() - handle.buffer_ptrs[rank]
         # The zeros are there before anybody writes: `open` goes on to meet the other ranks.
         torch.cuda.synchronize(device)
-        return cls(rank, tuple(address + offset for address in handle.buffer_ptrs), memory)
+        addresses = tuple(address + offset for address in handle.buffer_ptrs)
+        return cls(rank, addresses, memory, handle)
 
     def is_quick(self, x: torch.Tensor) -> bool:
         """Whether `all_reduce` can have x and is the quicker way."""
