@@ -5,8 +5,7 @@
 Rounds alternate between the engines and the median of each counts, as a shared machine disturbs now
 one and now the other. For eight requests transformers has two ways: `generate` for one after the
 other, and one `generate` for a batch, which is possible where all eight are there at the start.
-The last rows are what `python -m sglang.launch_server` does if it is not told to be exact: weights
-stay in the 4 bits of the model's file.
+The last rows are those of --quantization gguf: weights stay in the 4 bits of the model's file.
 """
 
 from __future__ import annotations
@@ -99,7 +98,7 @@ def main() -> None:
     print(f"{len(os.sched_getaffinity(0))} cores, {args.input_len} tokens in, {n} out")
     startup, exact = timed(lambda: Ours(["--dtype", "float32", *flags]))
     print(f"sglang ready after {startup:.1f} s (model in the cache)", flush=True)
-    quick = Ours(flags)
+    quick = Ours(["--quantization", "gguf", *flags])
     theirs = Theirs()
     # name -> (what runs it, requests, tokens of each)
     ways: dict[str, tuple[Callable, list[list[int]], int]] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import DTypeLike
 
-from sglang.messages import GenerateRequest, RowSpec, pack, unpack
+from sglang.messages import GenerateRequest, Pooling, RowSpec, pack, unpack
 from sglang.router.grammar import Grammar
 from sglang.router.radix_cache import Node
 
@@ -38,7 +38,7 @@ class Request:
         self.top_logprobs = message.top_logprobs
         self.prompt_logprobs_from = message.prompt_logprobs_from
         """Of the prompt tokens from here on the logprobs are still wanted; -1: of none."""
-        self.pooling = message.pooling
+        self.pooling: Pooling | None = message.pooling
         self.grammar = grammar
         self.arrival = 0
         """Requests arrive in this order; a preempted one keeps its place."""
@@ -159,6 +159,12 @@ class Rows:
         """bool[R]: rows that may be planned."""
         return self.open & ~self.leaving
 
+    def request(self, row: int) -> Request:
+        """Who sits there."""
+        request = self.requests[row]
+        assert request is not None
+        return request
+
     def open_row(self, request: Request, cached_slots: np.ndarray) -> int:
         row = request.row = self._free.pop()
         n = len(request.tokens)
@@ -183,11 +189,11 @@ class Rows:
     def masks(self, sampled: np.ndarray) -> tuple[list[int], list[np.ndarray]]:
         """(indices of the constrained ones among these rows, what their grammars allow)."""
         at = np.flatnonzero(self.constrained[sampled])
-        return at.tolist(), [self.requests[row].grammar.mask() for row in sampled[at]]  # type: ignore
+        return at.tolist(), [self.request(row).grammar.mask() for row in sampled[at]]  # type: ignore
 
     def close_row(self, row: int) -> None:
-        request = self.requests[row]
-        assert request is not None and self.open[row] and self.flying[row] == 0
+        request = self.request(row)
+        assert self.open[row] and self.flying[row] == 0
         request.tokens = self.tokens[row, : self.known[row]].copy()
         request.row = -1
         self.requests[row] = None

@@ -22,6 +22,8 @@ from sglang.messages import (
     TokenBatch,
     unpack,
 )
+from sglang.router.constrained import ConstrainedRows
+from sglang.router.future_tokens import FutureTokens
 from sglang.router.grammar import Grammar
 from sglang.router.outbox import Outbox
 from sglang.router.plan import Chunk, Flight, PlanBuilder
@@ -32,25 +34,6 @@ from sglang.router.waiting import Claims, WaitingQueue
 
 GRAMMAR_SECONDS = 0.5e-3
 """So long a plan may wait for grammars while another step runs."""
-
-
-class FutureTokens:
-    """How many of the tokens that running requests may still generate to reserve slots for.
-
-    Most end before their limit. The estimate decays while all goes well and rises with a
-    preemption (SGLang's new-token ratio).
-    """
-
-    def __init__(self, conservativeness: float) -> None:
-        self._start = min(0.7 * conservativeness, 1.0)
-        self._floor = 0.14 * self._start
-        self.ratio = self._start
-
-    def step(self) -> None:
-        self.ratio = max(self.ratio - (self._start - self._floor) / 600, self._floor)
-
-    def preempted(self) -> None:
-        self.ratio = self._start
 
 
 class Scheduler:
@@ -76,7 +59,7 @@ class Scheduler:
         self.flying: deque[Flight] = deque()
         self.requests: dict[int, Request] = {}
         self._prefilling: list[Request] = []  # prompt not planned to its end; in admission order
-        self._unread: dict[Request, int] = {}  # constrained -> the token its grammar takes in next
+        self._constrained = ConstrainedRows(self.rows)
         self._chunk_size = chunk_size
         self._eos = eos
         self._future = FutureTokens(conservativeness)
@@ -247,8 +230,7 @@ class Scheduler:
         claims, rows = Claims(), self.rows
         if not self.cache.disabled:
             for row in np.flatnonzero(rows.running() & (rows.known == rows.prefill_len)):
-                request = rows.requests[row]
-                assert request is not None
+                request = rows.request(row)
                 claims.add(request.tokens, request.cached)
         return claims
 
@@ -299,7 +281,7 @@ class Scheduler:
     def _preempt(self, request: Request) -> None:
         self._preemptions += 1
         self._future.preempted()
-        if request in self._unread:
+        if self.rows.unread[request.row]:
             self._take_in_token(request)
         self._leave(request, ended=bool(self.rows.ended[request.row]))
 
@@ -326,9 +308,7 @@ class Scheduler:
             if not rows.leaving[chunk.row]:
                 self._remember(chunk.request, chunk.end)
         for row in self._settled_rows(in_step):
-            request = rows.requests[row]
-            assert request is not None
-            self._settle(request)
+            self._settle(rows.request(row))
 
     def _settled_rows(self, in_step: np.ndarray) -> np.ndarray:
         """Those of the step that nothing holds any more."""
@@ -353,10 +333,8 @@ class Scheduler:
             self._complete(row, "stop", int(token))
         constrained = rows.constrained[kept] & ~stopped
         for row, token in zip(kept[constrained], new[constrained], strict=True):
-            request = rows.requests[row]
-            assert request is not None
-            self._unread[request] = int(token)
-            rows.unread[row] = True
+            request = rows.request(row)
+            self._constrained.add_token(request, int(token))
             if rows.leaving[row]:  # it is about to be settled
                 self._take_in_token(request)
         full = sampled[counts & (rows.known[sampled] >= rows.limit[sampled])]
@@ -365,24 +343,20 @@ class Scheduler:
 
     def _pass_on_prompt_logprobs(self, result: StepResult) -> None:
         for scored in result.prompt_logprobs:
-            request = self.rows.requests[scored.owner]
-            assert request is not None
+            request = self.rows.request(scored.owner)
             if not self.rows.ended[scored.owner]:
                 request.prompt_logprobs_from = scored.start + len(scored.logprobs) // 4
                 self._outbox.add_prompt_logprobs(request, scored)
 
     def _pass_on_embeddings(self, result: StepResult) -> None:
         for embedding in result.embeddings:
-            request = self.rows.requests[embedding.owner]
-            assert request is not None
+            request = self.rows.request(embedding.owner)
             if not self.rows.ended[embedding.owner]:
                 self._outbox.add_embedding(request, embedding)
 
     def _complete(self, row: int, reason: FinishReason, token: int | None = None) -> None:
-        request = self.rows.requests[row]
-        assert request is not None
         self.rows.leaving[row] = self.rows.ended[row] = True
-        self._outbox.finish(request, reason, token)
+        self._outbox.finish(self.rows.request(row), reason, token)
 
     def _remember(self, request: Request, end: int) -> None:
         """Puts the first `end` tokens, whose KV is written, into the tree, for others to use."""
@@ -418,7 +392,7 @@ class Scheduler:
         self.cache.unlock(request.node)
         request.node = None
         ended = bool(rows.ended[row])
-        self._unread.pop(request, None)
+        self._constrained.forget(request)
         if request in self._prefilling:
             self._prefilling.remove(request)
         rows.close_row(row)
@@ -432,7 +406,7 @@ class Scheduler:
     def follow_grammar(self) -> bool:
         """Lets one constrained row's grammar take in its last token: most of what such a row costs
         here, so it is done while a step runs. False: there is none that has to."""
-        request = next(iter(self._unread), None)
+        request = self._constrained.next()
         if request is None:
             return False
         self._take_in_token(request)
@@ -441,34 +415,17 @@ class Scheduler:
         return True
 
     def _take_in_token(self, request: Request) -> None:
-        """A constrained row's new token, and the tokens that its grammar then leaves no choice of:
-        they are known at once, and prefilled (SGLang's jump-forward decoding)."""
-        rows, row, grammar = self.rows, request.row, request.grammar
-        assert grammar is not None
-        token = self._unread.pop(request)
-        rows.unread[row] = False
-        known = int(rows.known[row])
-        jumps = request.top_logprobs < 0  # forced tokens have no logprobs
-        forced = grammar.accept(token, int(rows.limit[row]) - known if jumps else 0)
-        stop = next((token for token in forced if token in request.stop_tokens), None)
-        if stop is not None:
-            forced = forced[: forced.index(stop) + 1]
-        if forced:
-            rows.tokens[row, known : known + len(forced)] = forced
-            rows.known[row] = rows.prefill_len[row] = known + len(forced)
-            self._outbox.add_forced(request, forced)
-            self._generated_tokens += len(forced)
-            self._forced_tokens += len(forced)
-            if not rows.leaving[row]:
+        """Tokens that the grammar then leaves no choice of are known at once, and prefilled
+        (SGLang's jump-forward decoding)."""
+        said = self._constrained.take_in(request)
+        if said.forced:
+            self._outbox.add_forced(request, said.forced)
+            self._generated_tokens += len(said.forced)
+            self._forced_tokens += len(said.forced)
+            if not self.rows.leaving[request.row]:
                 self._prefilling.append(request)
-        if stop is not None:
-            self._complete(row, "stop", stop)
-        elif grammar.failed:
-            self._complete(row, "abort")
-        elif grammar.is_complete:
-            self._complete(row, "stop")
-        elif rows.known[row] >= rows.limit[row]:
-            self._complete(row, "length")
+        if said.end is not None:
+            self._complete(request.row, said.end, said.stop_token)
 
     # --- figures -----------------------------------------------------------------------------
 
