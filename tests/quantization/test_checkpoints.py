@@ -106,6 +106,7 @@ def test_logits_are_those_of_the_dequantized_weights(method, tmp_path):
         ({"quant_method": "bitsandbytes"}, "the method bitsandbytes"),
         ({"quant_method": "awq", "bits": 8}, "awq with 8 bits"),
         ({"quant_method": "awq", "version": "gemv"}, "awq in the layout gemv"),
+        ({"quant_method": "awq", "group_size": 48}, "awq with groups of 48"),
         ({"quant_method": "gptq", "bits": 3}, "gptq with 3 bits"),
         ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "fp8 with scales for blocks"),
         ({"quant_method": "compressed-tensors"}, "compressed-tensors with 0 groups"),
