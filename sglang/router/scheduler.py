@@ -229,7 +229,7 @@ class Scheduler:
         """Of running requests whose prompt is not wholly in the tree yet."""
         claims, rows = Claims(), self.rows
         if not self.cache.disabled:
-            for row in np.flatnonzero(rows.running() & (rows.known == rows.prefill_len)):
+            for row in np.flatnonzero(rows.running() & (rows.known == rows.prefill_len)).tolist():
                 request = rows.request(row)
                 claims.add(request.tokens, request.cached)
         return claims
