@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 from collections.abc import Iterator
 from math import ceil
-from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -19,11 +18,15 @@ from sglang.server.native import native_router
 from sglang.server.openai.chat import chat_router
 from sglang.server.openai.completions import completions_router
 from sglang.server.openai.embeddings import embeddings_router
+from sglang.server.openai.replies import ModelCard, ModelList
+from sglang.server.openapi import errors, install_openapi
+from sglang.server.operations import control_router, health_router
 from sglang.server.service import Service
 
 
 def build_app(service: Service) -> FastAPI:
     app = FastAPI(title="nano-sglang", version=sglang.__version__)
+    install_openapi(app, has_key=service.args.api_key is not None)
     install_error_handlers(app)
     app.add_middleware(
         Gate, api_key=service.args.api_key, max_body_bytes=service.args.max_body_mb << 20
@@ -40,23 +43,25 @@ def build_app(service: Service) -> FastAPI:
     app.include_router(chat_router(service))
     app.include_router(embeddings_router(service))
     app.include_router(native_router(service))
+    app.include_router(health_router(service))
+    app.include_router(control_router(service))
 
-    def card() -> dict[str, Any]:
-        return {
-            "id": service.model.name,
-            "object": "model",
-            "created": service.created,
-            "owned_by": "sglang",
-            "root": service.model.path,
-            "max_model_len": service.model.context_len,
-        }
+    def card() -> ModelCard:
+        return ModelCard(
+            id=service.model.name,
+            created=service.created,
+            root=service.model.path,
+            max_model_len=service.model.context_len,
+        )
 
-    @app.get("/v1/models", tags=["OpenAI"])
-    async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [card()]}
+    @app.get("/v1/models", tags=["OpenAI"], responses=errors())
+    async def models() -> ModelList:
+        """The model that is served."""
+        return ModelList(data=[card()])
 
-    @app.get("/v1/models/{name:path}", tags=["OpenAI"])
-    async def model(name: str) -> dict[str, Any]:
+    @app.get("/v1/models/{name:path}", tags=["OpenAI"], responses=errors(404))
+    async def model(name: str) -> ModelCard:
+        """The model, if that is its name."""
         service.check_model(name)
         return card()
 

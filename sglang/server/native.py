@@ -1,25 +1,19 @@
-"""SGLang's own endpoints: /generate, health, information, cache and aborts."""
+"""SGLang's own endpoints: /generate, /tokenize and /detokenize."""
 
 from __future__ import annotations
 
-import asyncio
-import dataclasses
-import tempfile
 import time
-from pathlib import Path
 from typing import Annotated, Any
 
-import msgspec
 from fastapi import APIRouter, Response
-from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
-import sglang
 from sglang.messages import unpack
 from sglang.sampling_params import MAX_TOP_LOGPROBS, SamplingParams
 from sglang.server.errors import ApiError
 from sglang.server.limits import NO_LOGPROBS, LogprobsWanted
 from sglang.server.openai.logprobs import NativeLogprobs
+from sglang.server.openai.replies import Generated
 from sglang.server.openai.schemas import (
     TEXTS,
     TOKEN_LISTS,
@@ -29,13 +23,11 @@ from sglang.server.openai.schemas import (
     refuse_unsupported,
 )
 from sglang.server.openai.writing import dumps
+from sglang.server.openapi import errors, generates
 from sglang.server.responses import DONE, GenerationResponse
 from sglang.server.service import Prompt, Service, new_id
 from sglang.server.tokenizer_manager import Generation, Sequence
 from sglang.tokenizer import Tokenizer
-
-HEALTH_SECONDS = 20.0
-FLUSH_TRIES = 20
 
 
 class GenerateBody(BaseModel):
@@ -62,26 +54,13 @@ class GenerateBody(BaseModel):
     custom_logit_processor: Unsupported = None
 
 
-class AbortBody(BaseModel):
-    model_config = ConfigDict(strict=True)
-
-    rid: str | None = None
-    abort_all: bool = False
-
-
-class ProfileBody(BaseModel):
-    model_config = ConfigDict(strict=True)
-
-    output_dir: str | None = None
-    """Where the trace goes: an existing folder (default: the one for temporary files)."""
-    num_steps: Unsupported = None
-    profile_by_stage: Unsupported = None
-
-
 class TokenizeBody(BaseModel):
+    """Either `text` or, as other servers call it, `prompt`."""
+
     model_config = ConfigDict(strict=True)
 
-    text: str
+    text: str | None = None
+    prompt: str | None = None
     add_special_tokens: bool = True
 
 
@@ -90,6 +69,16 @@ class DetokenizeBody(BaseModel):
 
     tokens: list[int]
     skip_special_tokens: bool = False
+
+
+class Tokens(BaseModel):
+    tokens: list[int]
+    count: int
+    max_model_len: int
+
+
+class Text(BaseModel):
+    text: str
 
 
 class NativeWriter:
@@ -188,9 +177,8 @@ def _logprobs_wanted(body: GenerateBody) -> LogprobsWanted:
 
 def native_router(service: Service) -> APIRouter:
     router = APIRouter(tags=["native"])
-    manager = service.manager
 
-    @router.post("/generate")
+    @router.post("/generate", responses=generates(Generated | list[Generated], Generated))
     async def generate(body: GenerateBody) -> Response:
         """Continues prompts, in SGLang's own shape."""
         refuse_unsupported(body)
@@ -216,128 +204,27 @@ def native_router(service: Service) -> APIRouter:
         writer = NativeWriter(generation, is_single, service.tokenizer, logprobs)
         return GenerationResponse(generation, writer, bool(body.stream))
 
-    @router.get("/health")
-    async def health() -> dict[str, str]:
-        """The server accepts requests."""
-        if service.draining:
-            raise ApiError("the server is shutting down", status=503)
-        return {"status": "ok"}
-
-    @router.get("/health_generate")
-    async def health_generate() -> dict[str, str]:
-        """The engine generates: a token, now."""
-        params = SamplingParams(max_new_tokens=1, temperature=0.0)
-        prompt = [service.model.bos_token_id or 0]
-        generation = service.generate(new_id("health"), [(prompt, params)], stream=False, names={})
-        try:
-            await asyncio.wait_for(generation.finished(), HEALTH_SECONDS)
-        except asyncio.TimeoutError:
-            message = f"the engine generated no token within {HEALTH_SECONDS:.0f} s"
-            raise ApiError(message, status=503) from None
-        finally:
-            generation.close()
-        return {"status": "ok"}
-
-    @router.get("/metrics", response_class=PlainTextResponse)
-    async def metrics() -> PlainTextResponse:
-        """For Prometheus."""
-        text = manager.metrics.render(await manager.stats())
-        return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
-
-    @router.post("/tokenize")
-    async def tokenize(body: TokenizeBody) -> dict[str, Any]:
+    @router.post("/tokenize", responses=errors(400, 413))
+    async def tokenize(body: TokenizeBody) -> Tokens:
         """A text's token ids."""
+        if (body.text is None) == (body.prompt is None):
+            raise ApiError("either text or prompt must be given, and not both", "text")
+        field, text = ("prompt", body.prompt) if body.text is None else ("text", body.text)
+        assert text is not None
         try:
-            check_unicode(body.text)
+            check_unicode(text)
         except ValueError as error:
-            raise ApiError(f"text {error}", "text") from None
+            raise ApiError(f"{field} {error}", field) from None
         service.need_tokenizer()
-        ids = await service.encode(body.text, body.add_special_tokens)
-        return {"tokens": ids, "count": len(ids), "max_model_len": service.model.context_len}
+        ids = await service.encode(text, body.add_special_tokens)
+        return Tokens(tokens=ids, count=len(ids), max_model_len=service.model.context_len)
 
-    @router.post("/detokenize")
-    async def detokenize(body: DetokenizeBody) -> dict[str, str]:
+    @router.post("/detokenize", responses=errors(400, 413))
+    async def detokenize(body: DetokenizeBody) -> Text:
         """The text of token ids."""
         tokenizer = service.need_tokenizer()
         if any(not 0 <= id < service.model.vocab_size for id in body.tokens):
             raise ApiError(f"tokens must be in [0, {service.model.vocab_size})", "tokens")
-        return {"text": tokenizer.decode(body.tokens, body.skip_special_tokens)}
-
-    @router.get("/get_model_info")
-    async def get_model_info() -> dict[str, Any]:
-        model = service.model
-        return {
-            "model_path": model.path,
-            "tokenizer_path": service.args.tokenizer_path or model.path,
-            "served_model_name": model.name,
-            "is_generation": True,
-            "architecture": model.architecture,
-            "dtype": model.dtype,
-            "context_length": model.context_len,
-            "vocab_size": model.vocab_size,
-        }
-
-    @router.get("/get_server_info")
-    async def get_server_info() -> dict[str, Any]:
-        """The launch flags, what the engine made of them, and counters."""
-        return {
-            **dataclasses.asdict(service.args),
-            "version": sglang.__version__,
-            "max_total_num_tokens": service.engine.max_total_tokens,
-            "max_running_requests": service.engine.max_running_requests,
-            "context_length": service.engine.context_len,
-            "num_requests": manager.num_generations,
-            "event_loop_lag_ms": service.lag.figures(),
-            "stats": msgspec.structs.asdict(await manager.stats()),
-        }
-
-    @router.api_route("/flush_cache", methods=["GET", "POST"])
-    async def flush_cache() -> dict[str, str]:
-        """Forgets every cached prefix; refused while requests run."""
-        # A request whose client has its whole reply may keep its seat for a step or two more.
-        for _ in range(FLUSH_TRIES):
-            if await manager.flush_cache():
-                return {"status": "flushed"}
-            if manager.num_generations:
-                break
-            await asyncio.sleep(0.05)
-        raise ApiError("the cache is in use: requests are running", status=400)
-
-    folder = Path(tempfile.gettempdir())
-
-    @router.api_route("/start_profile", methods=["GET", "POST"])
-    async def start_profile(body: ProfileBody | None = None) -> dict[str, str]:
-        """Begins to note who does what when: router, launch thread, GPU, reply thread."""
-        nonlocal folder
-        body = body or ProfileBody()
-        refuse_unsupported(body)
-        asked = Path(body.output_dir or tempfile.gettempdir())
-        if not asked.is_dir():
-            raise ApiError(f"output_dir {str(asked)!r} is not a folder", "output_dir")
-        try:
-            manager.start_profile()
-        except ValueError as error:
-            raise ApiError(str(error)) from None
-        folder = asked
-        return {"status": "profiling"}
-
-    @router.api_route("/stop_profile", methods=["GET", "POST"])
-    async def stop_profile() -> dict[str, str]:
-        """Writes the trace, for https://ui.perfetto.dev, and says where it is."""
-        try:
-            path = await manager.stop_profile(service.args.tp_size, folder)
-        except ValueError as error:
-            raise ApiError(str(error)) from None
-        return {"status": "stopped", "trace": str(path)}
-
-    @router.post("/abort_request")
-    async def abort_request(body: AbortBody) -> dict[str, bool]:
-        """Ends a request, by the id in its replies, or all."""
-        if body.abort_all:
-            manager.abort_all()
-            return {"aborted": True}
-        if body.rid is None:
-            raise ApiError("rid must be given, or abort_all", "rid")
-        return {"aborted": manager.abort(body.rid)}
+        return Text(text=tokenizer.decode(body.tokens, body.skip_special_tokens))
 
     return router

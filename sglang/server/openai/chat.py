@@ -13,9 +13,11 @@ from sglang.server.limits import LogprobsWanted
 from sglang.server.openai import writing
 from sglang.server.openai.logprobs import chat_logprobs
 from sglang.server.openai.reasoning import ReasoningSplitter
+from sglang.server.openai.replies import ChatCompletion, ChatCompletionChunk
 from sglang.server.openai.schemas import ChatMessage, ChatRequest
 from sglang.server.openai.tool_calls import CallDelta, ToolParser, whole_calls
 from sglang.server.openai.writing import dumps
+from sglang.server.openapi import generates
 from sglang.server.responses import DONE, GenerationResponse
 from sglang.server.service import Service, new_id
 from sglang.server.tokenizer_manager import Generation, Sequence
@@ -254,7 +256,7 @@ def _render(service: Service, request: ChatRequest) -> str:
 def chat_router(service: Service) -> APIRouter:
     router = APIRouter(tags=["OpenAI"])
 
-    @router.post("/v1/chat/completions")
+    @router.post("/v1/chat/completions", responses=generates(ChatCompletion, ChatCompletionChunk))
     async def chat_completions(request: ChatRequest) -> Response:
         """Answers the last message of a conversation."""
         request.refuse_unsupported()

@@ -10,8 +10,10 @@ from fastapi import APIRouter, Response
 from sglang.server.limits import LogprobsWanted
 from sglang.server.openai import writing
 from sglang.server.openai.logprobs import CompletionLogprobs, prompt_tokens
+from sglang.server.openai.replies import Completion, CompletionChunk
 from sglang.server.openai.schemas import CompletionRequest
 from sglang.server.openai.writing import dumps
+from sglang.server.openapi import generates
 from sglang.server.responses import DONE, GenerationResponse
 from sglang.server.service import Service, new_id
 from sglang.server.tokenizer_manager import Generation, Sequence
@@ -128,7 +130,7 @@ def _mean_logprob(sequence: Sequence) -> float:
 def completions_router(service: Service) -> APIRouter:
     router = APIRouter(tags=["OpenAI"])
 
-    @router.post("/v1/completions")
+    @router.post("/v1/completions", responses=generates(Completion, CompletionChunk))
     async def completions(request: CompletionRequest) -> Response:
         """Continues one prompt or several."""
         request.refuse_unsupported()

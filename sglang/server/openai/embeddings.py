@@ -11,7 +11,9 @@ from fastapi import APIRouter, Response
 
 from sglang.sampling_params import SamplingParams
 from sglang.server.errors import ApiError
+from sglang.server.openai.replies import Embeddings
 from sglang.server.openai.schemas import EmbeddingRequest
+from sglang.server.openapi import answers
 from sglang.server.responses import GenerationResponse
 from sglang.server.service import Service, new_id
 from sglang.server.tokenizer_manager import Generation
@@ -56,7 +58,7 @@ class EmbeddingWriter:
 def embeddings_router(service: Service) -> APIRouter:
     router = APIRouter(tags=["OpenAI"])
 
-    @router.post("/v1/embeddings")
+    @router.post("/v1/embeddings", responses=answers(Embeddings))
     async def embeddings(request: EmbeddingRequest) -> Response:
         """Texts as vectors of length 1: what the model makes of the last token, or of all."""
         service.check_model(request.model)
