@@ -102,11 +102,3 @@ def test_texts_become_tokens_and_back(server):
     assert tokens["count"] == len(tokens["tokens"])
     back = server.post("/detokenize", {"tokens": tokens["tokens"]}).json()
     assert back == {"text": "héllo 漢字"}
-
-
-def test_metrics_and_request_ids(server):
-    server.generate(text="Hi", sampling_params={"max_new_tokens": 3})
-    text = server.get("/metrics").text
-    for name in ("num_running_reqs", "token_usage", "time_to_first_token_seconds_count"):
-        assert re.search(rf"^sglang:{name}{{model_name=\"\S+\"}} [\d.]+$", text, re.M), name
-    assert server.get("/health").headers["x-request-id"]

@@ -17,7 +17,15 @@ from sglang.server.errors import ApiError
 from sglang.server.openai.tool_calls import forced_calls_schema
 
 _UNSUPPORTED = "Not supported: refused unless null."
-Unsupported = Annotated[Any, Field(description=_UNSUPPORTED)]
+Unsupported = Annotated[
+    Any, Field(description=_UNSUPPORTED), WithJsonSchema({"enum": [None, False, []]})
+]
+
+
+def within(**limits: float) -> Any:
+    """A field that may be left out. The limits are for readers of the schema: SamplingParams checks
+    them, and says more in its errors."""
+    return Field(None, json_schema_extra=limits)  # type: ignore[arg-type]
 
 
 def refuse_unsupported(body: BaseModel) -> None:
@@ -84,19 +92,19 @@ class _Sampling(BaseModel):
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     n: int | None = Field(1, ge=1, le=128)
-    max_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    frequency_penalty: float | None = None
-    presence_penalty: float | None = None
-    seed: int | None = None
+    max_tokens: int | None = within(minimum=0)
+    temperature: float | None = within(minimum=0)
+    top_p: float | None = within(exclusiveMinimum=0, maximum=1)
+    frequency_penalty: float | None = within(minimum=-2, maximum=2)
+    presence_penalty: float | None = within(minimum=-2, maximum=2)
+    seed: int | None = within(minimum=-(2**63), maximum=2**63 - 1)
     stop: str | list[str] | None = None
     logit_bias: dict[str, float] | None = None
     # SGLang's and vLLM's
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    min_tokens: int | None = None
+    top_k: int | None = within(minimum=-1)
+    min_p: float | None = within(minimum=0, maximum=1)
+    repetition_penalty: float | None = within(exclusiveMinimum=0, maximum=2)
+    min_tokens: int | None = within(minimum=0)
     ignore_eos: bool | None = None
     stop_token_ids: list[int] | None = None
     skip_special_tokens: bool | None = None
@@ -249,7 +257,7 @@ class NamedTool(BaseModel):
 
 class ChatRequest(_Sampling):
     messages: list[ChatMessage] = Field(min_length=1)
-    max_completion_tokens: int | None = None
+    max_completion_tokens: int | None = within(minimum=0)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     response_format: ResponseFormat | None = None
