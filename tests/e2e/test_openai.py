@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import subprocess
-import sys
 
 import httpx
 import openai
@@ -252,11 +250,3 @@ def test_errors_are_openais(client, model):
     with pytest.raises(openai.NotFoundError) as missing:
         client.chat.completions.create(model="gpt-9", messages=CAPITAL)
     assert missing.value.param == "model"
-
-
-def test_the_terminal_chat_remembers_what_was_said(server):
-    said = "What is the capital of France?\n/reset\n/system Be brief.\nHi\n/quit\n"
-    command = [sys.executable, "-m", "sglang.chat", "--url", server.url, "--temperature", "0"]
-    run = subprocess.run(command, input=said, capture_output=True, text=True, timeout=60)
-    assert run.returncode == 0 and run.stderr == ""
-    assert "The capital of France is Paris." in run.stdout
