@@ -174,6 +174,7 @@ def main() -> int:
     if args.list:
         print("\n".join(f"{part.name:16} {part.seconds:4} s" for part in todo))
         return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the running part ends too
     results = args.results.resolve()
     results.mkdir(parents=True, exist_ok=True)
     started, summary = time.monotonic(), []

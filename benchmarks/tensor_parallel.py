@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -30,6 +31,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # for tests.reference
 SIZES = [1 << i for i in range(10, 26)]  # 1 KB to 32 MB
 MODELS = ("llama2-7b", "llama2-13b")
+ROUND_SECONDS = 240
+"""What has not been measured by then is left out."""
 
 
 # --- messages ------------------------------------------------------------------------------------
@@ -215,23 +218,33 @@ def tokens(ranks: int, device: str, count: int) -> int:
 def speed(ranks: int, models: list[str], extra: list[str]) -> dict[str, Any]:
     """Models on one rank run side by side, each on a GPU of its own."""
     figures: dict[str, dict[str, list[float]]] = {}
-    rounds = [[(model, 1, gpu) for gpu, model in enumerate(models)]]
-    rounds += [[(model, ranks, None)] for model in models]
+    rounds = [[(model, ranks, None)] for model in models]
+    rounds += [[(model, 1, gpu) for gpu, model in enumerate(models)]]
     with tempfile.TemporaryDirectory() as folder:
         for runs in rounds:
             processes = [_offline(model, tp, gpu, folder, extra) for model, tp, gpu in runs]
-            for (model, tp, _), process in zip(runs, processes, strict=True):
-                process.wait()
+            end = time.monotonic() + ROUND_SECONDS
+            try:
+                for process in processes:
+                    process.wait(max(end - time.monotonic(), 0.0))
+            except subprocess.TimeoutExpired:
+                print(f"not done after {ROUND_SECONDS} s", flush=True)
+            finally:
+                for process in processes:
+                    process.kill()
+                    process.wait()
+            for model, tp, _ in runs:
                 path = Path(folder, f"{model}-{tp}.json")
                 if path.exists():
                     figures[f"{model} tp {tp}"] = json.loads(path.read_text())["runs"]
-                if (one := figures.get(f"{model} tp 1")) and tp > 1 and path.exists():
-                    _compare(model, one, figures[f"{model} tp {tp}"])
+    for model in models:
+        if (one := figures.get(f"{model} tp 1")) and (many := figures.get(f"{model} tp {ranks}")):
+            _compare(model, one, many)
     return figures
 
 
 def _compare(model: str, one: dict[str, list[float]], many: dict[str, list[float]]) -> None:
-    for name in one.keys() & many.keys():
+    for name in ("bs1", "offline256"):
         a, b = one[name][-1], many[name][-1]
         print(f"{model} {name}: {a:,.4g} on 1 rank, {b:,.4g} on several: {b / a:.2f}x", flush=True)
 
@@ -263,6 +276,7 @@ def main() -> int:
     parser.add_argument("--models", default=",".join(MODELS), help="of speed, comma-separated")
     parser.add_argument("--json", help="write the figures here")
     args, extra = parser.parse_known_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what it has started ends too
     if args.part == "tokens":
         return tokens(args.ranks, args.device, args.prompts)
     if args.part == "messages":
