@@ -244,7 +244,7 @@ def speed(ranks: int, models: list[str], extra: list[str]) -> dict[str, Any]:
 
 
 def _compare(model: str, one: dict[str, list[float]], many: dict[str, list[float]]) -> None:
-    for name in ("bs1", "offline256"):
+    for name in {"bs1", "offline256"} & one.keys() & many.keys():
         a, b = one[name][-1], many[name][-1]
         print(f"{model} {name}: {a:,.4g} on 1 rank, {b:,.4g} on several: {b / a:.2f}x", flush=True)
 
