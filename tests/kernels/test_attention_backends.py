@@ -14,7 +14,7 @@ from sglang.kernels.decode_attention import decode_attention_naive
 from sglang.kernels.extend_attention import extend_attention_naive
 from sglang.worker.batch import Batch
 
-from .common import DEVICE, GPU, assert_close, int32, randn
+from .common import DEVICE, GPU, assert_close, int32, randn, seeds
 
 HAS_FLASHINFER = GPU and importlib.util.find_spec("flashinfer") is not None
 FLASHINFER = pytest.param(
@@ -124,7 +124,7 @@ class Case:
 
 
 @pytest.mark.parametrize("name", ["torch_native", "triton", FLASHINFER])
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", seeds(40, 20))
 def test_every_mix_of_rows_agrees_with_the_naive_kernels(name: str, seed: int) -> None:
     rng = np.random.default_rng(seed)
     decode = [int(rng.choice([0, 1, 2, 9, 60, 70])) for _ in range(rng.integers(0, 6))]
@@ -134,7 +134,7 @@ def test_every_mix_of_rows_agrees_with_the_naive_kernels(name: str, seed: int) -
         prefill.append((new, new + int(rng.choice([0, 1, 30]))))
     if not prefill and max(decode) == 0:
         prefill = [(3, 3)]
-    group, window = int(rng.choice([1, 2, 3, 7])), int(rng.choice([0, 1, 8, 33]))
+    group, window = (1, 2, 3, 7)[seed % 4], (0, 1, 8, 33, 0)[seed % 5]
     case = Case(name, decode, prefill, group, window, seed)
     case.check(case.run())
 
