@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sglang.kernels.launch import counters, launch_next, pdl, wait_for_previous
+from sglang.kernels.launch import FLOAT32, counters, launch_next, pdl, wait_for_previous
 
 MAX_PROGRAMS = 4096
 """Of a launch: enough to keep every SM busy until the last of them ends."""
@@ -101,7 +101,7 @@ def decode_config(
     block_n, num_stages = (128, 2) if fill == 1 else (64, 3)
     if dtype.itemsize == 1:
         block_n, num_stages = (64, 3) if fill == 1 else (64, 2)
-    if head_dim > 128:
+    if head_dim > 128 or dtype.itemsize == 4:
         block_n, num_stages = 32, 2
     split_tokens = 128 if fill >= 16 else 256 if fill >= 4 else 1024
     splits = max(1 << fill.bit_length() - 1, 4)
@@ -227,14 +227,18 @@ def _decode_kernel(
                 v_a, v_b = _load_tile(v_base, offset, seen, half, a, b, D, PAIRS)
                 ahead = at + BLOCK_N + n
                 slots = tl.load(table + ahead, mask=ahead < end, other=0)
-                scores = tl.dot(q_b, tl.trans(k_b), tl.dot(q_a, tl.trans(k_a))) * scale_log2
+                scores = tl.dot(q_a, tl.trans(k_a), input_precision=FLOAT32)
+                scores = tl.dot(q_b, tl.trans(k_b), scores, input_precision=FLOAT32) * scale_log2
                 scores = tl.where(seen[None, :], scores, -float("inf"))
                 new_most = tl.maximum(most, tl.max(scores, 1))
                 weights = tl.exp2(scores - new_most[:, None])
                 shrink = tl.exp2(most - new_most)
                 total = total * shrink + tl.sum(weights, 1)
-                acc_a = tl.dot(weights.to(tile_dtype), v_a, acc_a * shrink[:, None])
-                acc_b = tl.dot(weights.to(tile_dtype), v_b, acc_b * shrink[:, None])
+                acc_a *= shrink[:, None]
+                acc_b *= shrink[:, None]
+                weights = weights.to(tile_dtype)
+                acc_a = tl.dot(weights, v_a, acc_a, input_precision=FLOAT32)
+                acc_b = tl.dot(weights, v_b, acc_b, input_precision=FLOAT32)
                 most = new_most
 
             acc_a = acc_a / total[:, None]

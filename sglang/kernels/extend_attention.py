@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from sglang.kernels.launch import counters, launch_next, pdl, wait_for_previous
+from sglang.kernels.launch import FLOAT32, counters, launch_next, pdl, wait_for_previous
 
 _HIDDEN = tl.constexpr(-(2.0**100))
 """The score of a key that a query does not see. Finite, not -inf: a window may hide all of a tile
@@ -112,13 +112,17 @@ class ExtendConfig:
     """A tile gets another split for each of these keys, until it has max_splits."""
 
 
-def extend_config(num_tokens: int, max_q_len: int, group: int, head_dim: int) -> ExtendConfig:
+def extend_config(
+    num_tokens: int, max_q_len: int, group: int, head_dim: int, dtype: torch.dtype
+) -> ExtendConfig:
     pack = group > 1
     rows = max_q_len * group if pack else max_q_len
     # Many tokens fill the GPU without, and their partial results would be large.
     splits = 8 if num_tokens <= 128 else 4 if num_tokens <= 512 else 1
     if rows <= 32:
         return ExtendConfig(16 if rows <= 16 else 32, 64, 4, 3, pack, splits)
+    if dtype.itemsize == 4:
+        return ExtendConfig(32 if head_dim > 128 else 64, 32, 4, 2, pack, splits)
     if head_dim > 128:
         return ExtendConfig(128, 64, 8, 2, pack, splits)
     if max_q_len < 1024:
@@ -168,7 +172,7 @@ def _attend(
                 v = tl.load(v_base + offset, mask=d[None, :] < D, other=0.0)
             ahead = at + BLOCK_N + n
             slots = tl.load(table + ahead, mask=ahead < end, other=0)
-        scores = tl.dot(q, tl.trans(k.to(q.dtype)))
+        scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=FLOAT32)
         if MASKED:
             distance = query_at[:, None] - (at + n)[None, :]
             visible = (distance >= 0) & (at + n < end)[None, :]
@@ -180,7 +184,7 @@ def _attend(
         shrink = tl.exp2((most - new_most) * scale_log2)
         total = total * shrink + tl.sum(weights, 1)
         acc = acc * shrink[:, None]
-        acc = tl.dot(weights.to(q.dtype), v.to(q.dtype), acc)
+        acc = tl.dot(weights.to(q.dtype), v.to(q.dtype), acc, input_precision=FLOAT32)
         most = new_most
     return acc, most, total
 
@@ -360,7 +364,7 @@ def extend_attention_triton(
     num_kv_heads = k.shape[1]
     group = num_q_heads // num_kv_heads
     if config is None:
-        config = extend_config(num_tokens, max_q_len, group, dim)
+        config = extend_config(num_tokens, max_q_len, group, dim, q.dtype)
     if out is None:
         out = torch.empty(num_tokens, num_q_heads, dim, dtype=q.dtype, device=q.device)
     if num_tokens == 0:

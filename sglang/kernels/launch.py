@@ -15,6 +15,10 @@ import torch
 import triton
 import triton.language as tl
 
+FLOAT32 = tl.constexpr("tf32x3")
+"""`input_precision` of attention's matrix products in float32: three products of 11-bit parts are
+as exact as one of floats, and run on tensor cores. It means nothing to 16-bit floats."""
+
 try:  # Triton 3.4 and later
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 except ImportError:

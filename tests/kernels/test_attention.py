@@ -1,5 +1,6 @@
 """Decode and extend attention against their naive twins, over random shapes."""
 
+import itertools
 import random
 from collections.abc import Sequence
 
@@ -94,8 +95,8 @@ def test_extend_agrees_with_its_twin(seed: int) -> None:
 @pytest.mark.parametrize("dim", HEAD_DIMS)
 @pytest.mark.parametrize("max_q_len", [1, 16, 100, 128, 2000])
 def test_chosen_extend_tiles_are_ones_that_tensor_cores_take(max_q_len: int, dim: int) -> None:
-    for group in (1, 2, 7, 8):
-        config = extend_config(max_q_len, max_q_len, group, dim)
+    for group, dtype in itertools.product((1, 2, 7, 8), (torch.float32, torch.bfloat16)):
+        config = extend_config(max_q_len, max_q_len, group, dim, dtype)
         assert config.block_m in (16, 32, 64, 128)
         assert config.block_n in (32, 64, 128)
 
