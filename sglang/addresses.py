@@ -21,7 +21,7 @@ class Addresses:
 
     @property
     def tokenizer_manager(self) -> str:
-        """In: EngineReady, FlushCacheReply, Stats from the router; TextBatch from the detokenizer."""
+        """In: EngineReady, replies and Stats from the router; TextBatch from the detokenizer."""
         return self._ipc("tokenizer_manager")
 
     @property

@@ -127,7 +127,7 @@ def extend_config(
         return ExtendConfig(128, 64, 8, 2, pack, splits)
     if max_q_len < 1024:
         return ExtendConfig(64, 64, 4, 2, pack, splits)
-    return ExtendConfig(128, 64, 4, 2, pack, splits)
+    return ExtendConfig(128, 64, 8, 3, pack, splits)
 
 
 @triton.jit

@@ -71,7 +71,5 @@ class Attention(nn.Module):
             None if self.k_norm is None else self.k_norm.weight,
             self.eps,
         )  # fmt: skip
-        out = batch.attention.forward(
-            q, k, v, k_cache, v_cache, batch, self.scale, self.window
-        )
+        out = batch.attention.forward(q, k, v, k_cache, v_cache, batch, self.scale, self.window)
         return self.o_proj(out), residual
