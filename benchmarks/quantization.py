@@ -88,7 +88,7 @@ class Case:
         x = torch.randn(tokens, shape.k, dtype=DTYPE, device="cuda")
         self.method, self.x = method, x
         self.around: tuple = ()
-        if shape.kind and tokens <= 2:
+        if shape.kind and tokens == 1:
             norm = torch.rand(shape.k, device="cuda").to(DTYPE) + 0.5
             self.around = (None, torch.randn_like(x), norm, 1e-5, shape.kind == "gated")
         if method in FORMATS:
@@ -171,7 +171,7 @@ def candidates(method: str, shape: Shape, tokens: int) -> list:
     }[tokens]  # fmt: skip
     splits = (1, 2, 4, 8) if tokens <= 16 else (1, 2, 4) if tokens <= 64 else (1,)
     found += [w8a8.W8A8Config(m, n, k, s, w, st) for (m, n, k, w, st) in tiles for s in splits]
-    return found + (["library"] if tokens > 16 else [])
+    return found + (["library"] if tokens > 16 and method == "fp8" else [])
 
 
 def compile_one(case: tuple) -> str:

@@ -27,15 +27,15 @@ from sglang.kernels.int4_weight import (
 from sglang.kernels.launch import launch_next, pdl, wait_for_previous
 from sglang.kernels.quant_split_k import split_k_workspace, sum_splits, tile_of
 
-DEQUANTIZE_TOKENS = 96
-"""From here on, dequantize first."""
+DOT_TOKENS = 256
+"""With more, dequantize first."""
 
 
 def int4_linear(x: torch.Tensor, w: Int4Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x [T, K] -> [T, N] in x's dtype, accumulated in float32."""
     if not x.is_cuda:
         return int4_linear_naive(x, w, bias)
-    if len(x) >= DEQUANTIZE_TOKENS:
+    if len(x) > DOT_TOKENS:
         return F.linear(x, dequantize_int4_triton(w, x.dtype), bias)
     if len(x) <= MAX_TOKENS:
         return int4_fused_linear_triton(x, w, bias)[0]
@@ -142,14 +142,22 @@ def _dot_kernel(
 
 
 def choose_config(num_tokens: int, n: int, k: int) -> DotConfig:
-    """The quickest on an H200 at the shapes of Llama-2-7B."""
-    block_m = min(max(triton.next_power_of_2(num_tokens), 8), 64)
-    small = block_m <= 32
-    block_n = 64 if small else 128
-    tiles = triton.cdiv(n, block_n) * triton.cdiv(num_tokens, block_m)
-    programs, most = (1024, 8) if small else (256, 4)
-    splits = min(triton.next_power_of_2(triton.cdiv(programs, tiles)), most, max(k // 512, 1))
-    return DotConfig(block_m, block_n, splits, 4 if small else 8, 3 if small else 4)
+    """The quickest on an H100 at the shapes of Llama-2-7B."""
+    block_m = min(max(triton.next_power_of_2(num_tokens), 8), 128)
+    tiles = triton.cdiv(n, 64) * triton.cdiv(num_tokens, block_m)
+    if block_m == 8:
+        splits = min(triton.next_power_of_2(triton.cdiv(1024, tiles)), 16, _power_below(k // 512))
+        return DotConfig(8, 64, splits, num_warps=4, num_stages=3)
+    if block_m <= 32:
+        block_n, splits = (128, 4) if n > 8192 else (64, min(8, _power_below(k // 512)))
+        return DotConfig(block_m, block_n, splits, num_warps=4, num_stages=3)
+    splits = min(_power_below(384 // tiles), 4, _power_below(k // 512))
+    return DotConfig(block_m, 64, splits, num_warps=4, num_stages=3)
+
+
+def _power_below(x: int) -> int:
+    """The largest power of two up to x, at least 1."""
+    return 1 << max(x, 1).bit_length() - 1
 
 
 def int4_dot_triton(

@@ -199,13 +199,13 @@ def test_8_bit_products(seed, format):
     torch.testing.assert_close(w8a8.scaled_matmul_triton(*arguments), expected, **tolerance)
 
 
-@pytest.mark.skipif(not GPU, reason="cuBLAS")
-@pytest.mark.parametrize("format", FORMATS)
-def test_8_bit_products_of_the_library(format):
+@pytest.mark.skipif(not GPU, reason="torch's FP8 product needs a GPU")
+def test_8_bit_products_of_the_library():
     torch.manual_seed(0)
+    format = torch.float8_e4m3fn
     x, w = randn(140, 256, dtype=torch.bfloat16), randn(96, 256, dtype=torch.float32)
     w_q, w_scales = quantize_tokens(w, format)
     expected = x.float() @ w.t()
-    out = w8a8.w8a8_linear(x, w_q, w_scales)
+    out = w8a8.scaled_matmul(*quantize_tokens(x, format), w_q, w_scales, x.dtype)
     error = (out.float() - expected).pow(2).mean().sqrt() / expected.std()
-    assert error < (0.02 if format == torch.int8 else 0.06)
+    assert error < 0.06
