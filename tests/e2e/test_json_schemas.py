@@ -10,7 +10,7 @@ import jsonschema
 
 SUITE = json.loads((Path(__file__).parent / "json_schemas.json").read_text())["schemas"]
 SCHEMAS = SUITE[:: 1 if os.environ.get("ALL_SCHEMAS") else 6]
-BATCH = 48
+BATCH = 24
 EOS = 2
 
 

@@ -72,7 +72,6 @@ def test_a_killed_launcher_leaves_no_process():
 def test_two_servers_live_side_by_side_and_sigterm_ends_one_cleanly(server: Server):
     other = Server("--served-model-name", "another", "--grammar-backend", "none").wait_ready()
     assert other.url != server.url
-    assert other.seconds_to_ready < 15
     children = other.children()
     body = {
         "text": "The capital of France is",
@@ -107,6 +106,7 @@ def test_two_servers_live_side_by_side_and_sigterm_ends_one_cleanly(server: Serv
     assert "Traceback" not in other.stderr()
 
     assert server.generate(**body)["meta_info"]["completion_tokens"] == 8, "the other goes on"
+    assert other.seconds_to_ready < 15, "a model in the cache is ready soon"
 
 
 def test_ctrl_c_ends_an_idle_server_at_once():
