@@ -26,7 +26,7 @@ from sglang.server.service import Service
 
 def build_app(service: Service) -> FastAPI:
     app = FastAPI(title="nano-sglang", version=sglang.__version__)
-    install_openapi(app, has_key=service.args.api_key is not None)
+    install_openapi(app, service)
     install_error_handlers(app)
     app.add_middleware(
         Gate, api_key=service.args.api_key, max_body_bytes=service.args.max_body_mb << 20

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import Annotated, Any
 
+import msgspec
 from fastapi import APIRouter, Response
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
@@ -15,8 +16,13 @@ from sglang.server.limits import NO_LOGPROBS, LogprobsWanted
 from sglang.server.openai.logprobs import NativeLogprobs
 from sglang.server.openai.replies import Generated
 from sglang.server.openai.schemas import (
+    BIASES,
+    LIMITS,
+    STOPS,
     TEXTS,
+    TOKEN_ID,
     TOKEN_LISTS,
+    TokenIds,
     Unsupported,
     check_unicode,
     parse_prompts,
@@ -29,16 +35,44 @@ from sglang.server.service import Prompt, Service, new_id
 from sglang.server.tokenizer_manager import Generation, Sequence
 from sglang.tokenizer import Tokenizer
 
+_NULL = {"type": "null"}
+
+
+def _sampling_schema() -> dict[str, Any]:
+    """Of SamplingParams, as clients may spell it, with n."""
+    described = msgspec.json.schema(SamplingParams)["$defs"]["SamplingParams"]["properties"]
+    described |= {
+        "n": {"type": "integer"},
+        "stop": STOPS,
+        "stop_token_ids": {"type": "array", "items": TOKEN_ID},
+        "logit_bias": BIASES,
+        "json_schema": {"type": ["string", "object"]},
+    }
+    fields = {
+        name: {"anyOf": [{**field, **LIMITS.get(name, {})}, _NULL]}
+        for name, field in described.items()
+    }
+    return {"type": "object", "properties": fields, "additionalProperties": False}
+
+
+_SAMPLING = _sampling_schema()
+
 
 class GenerateBody(BaseModel):
-    """Either `text` or `input_ids`. `sampling_params` has the fields of SamplingParams, and n; one
-    for all prompts or a list with one for each."""
+    """Either `text` or `input_ids`. `sampling_params`: one for all prompts or a list with one for
+    each."""
 
-    model_config = ConfigDict(strict=True)
+    model_config = ConfigDict(
+        strict=True,
+        json_schema_extra={"anyOf": [{"required": ["text"]}, {"required": ["input_ids"]}]},
+    )
 
     text: Annotated[Any, WithJsonSchema(TEXTS)] = None
     input_ids: Annotated[Any, WithJsonSchema(TOKEN_LISTS)] = None
-    sampling_params: dict[str, Any] | list[dict[str, Any]] | None = None
+    sampling_params: Annotated[
+        dict[str, Any] | list[dict[str, Any]] | None,
+        WithJsonSchema({"anyOf": [_SAMPLING, {"type": "array", "items": _SAMPLING}, _NULL]}),
+    ] = None
     stream: bool | None = False
     rid: str | None = None
 
@@ -57,7 +91,9 @@ class GenerateBody(BaseModel):
 class TokenizeBody(BaseModel):
     """Either `text` or, as other servers call it, `prompt`."""
 
-    model_config = ConfigDict(strict=True)
+    model_config = ConfigDict(
+        strict=True, json_schema_extra={"anyOf": [{"required": ["text"]}, {"required": ["prompt"]}]}
+    )
 
     text: str | None = None
     prompt: str | None = None
@@ -67,7 +103,7 @@ class TokenizeBody(BaseModel):
 class DetokenizeBody(BaseModel):
     model_config = ConfigDict(strict=True)
 
-    tokens: list[int]
+    tokens: TokenIds
     skip_special_tokens: bool = False
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
@@ -17,6 +17,9 @@ from sglang.server.openai.replies import (
     ErrorReply,
     Generated,
 )
+
+if TYPE_CHECKING:
+    from sglang.server.service import Service
 
 _REASONS = {
     400: "A field, or what several ask together, is wrong.",
@@ -48,27 +51,38 @@ def answers(reply: Any) -> Responses:
 
 def generates(reply: Any, event: type[BaseModel]) -> Responses:
     """For a route that generates: `reply` whole, or a stream of `event`s."""
-    stream = {"schema": {"type": "string"}, "x-event": {"$ref": _REF.format(model=event.__name__)}}
+    data = {
+        "type": "string",
+        "contentMediaType": "application/json",
+        "contentSchema": {
+            "anyOf": [{"$ref": _REF.format(model=m.__name__)} for m in (event, ErrorReply)]
+        },
+    }
+    schema = {  # of one event
+        "type": "object",
+        "properties": {"data": {"anyOf": [data, {"const": "[DONE]"}]}},
+        "required": ["data"],
+    }
     described = answers(reply)
-    described[200]["content"] = {"text/event-stream": stream}
+    described[200]["content"] = {"text/event-stream": {"schema": schema}}
     described[200]["description"] = (
         "The reply; with `stream` server-sent events, of which [DONE] is the last."
     )
     return described
 
 
-def install_openapi(app: FastAPI, has_key: bool) -> None:
+def install_openapi(app: FastAPI, service: Service) -> None:
     """FastAPI's own says 422 for what is 400 here, and knows nothing of the gate."""
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
-            app.openapi_schema = _describe(app, has_key)
+            app.openapi_schema = _describe(app, service)
         return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]
 
 
-def _describe(app: FastAPI, has_key: bool) -> dict[str, Any]:
+def _describe(app: FastAPI, service: Service) -> dict[str, Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about operation ids, which are set below
         schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
@@ -88,9 +102,29 @@ def _describe(app: FastAPI, has_key: bool) -> dict[str, Any]:
             operation["responses"].pop("422", None)
             for response in operation["responses"].values():
                 response.setdefault("headers", {})["X-Request-Id"] = dict(request_id)
-    if has_key:
+    if service.args.api_key is not None:
         components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         schema["security"] = [{"key": []}]
         for path in ("/health", "/health_generate"):
             schema["paths"][path]["get"]["security"] = []
+    model = service.model
+    _fill_in(
+        schemas,
+        {
+            "token-id": {"type": "integer", "minimum": 0, "maximum": model.vocab_size - 1},
+            "model-name": {"enum": [model.name, service.args.model_path, None]},
+        },
+    )
     return schema
+
+
+def _fill_in(node: Any, formats: dict[str, dict[str, Any]]) -> None:
+    """What this server has, in place of a format's name."""
+    if isinstance(node, dict) and node.get("format") in formats:
+        described = formats[node.pop("format")]
+        if "enum" in described:
+            node.pop("type")
+        node.update(described)
+    for child in node.values() if isinstance(node, dict) else node:
+        if isinstance(child, dict | list):
+            _fill_in(child, formats)

@@ -71,8 +71,9 @@ def test_every_endpoint_describes_errors_and_streams(quick):
     for path in ("/v1/completions", "/v1/chat/completions", "/generate"):
         described = schema["paths"][path]["post"]["responses"]
         assert {"200", "400", "401", "404", "413", "500", "503", "504"} <= set(described)
-        event = described["200"]["content"]["text/event-stream"]["x-event"]["$ref"]
-        assert event.rsplit("/", 1)[1] in schema["components"]["schemas"]
+        event = described["200"]["content"]["text/event-stream"]["schema"]["properties"]
+        for said in event["data"]["anyOf"][0]["contentSchema"]["anyOf"]:
+            assert said["$ref"].rsplit("/", 1)[1] in schema["components"]["schemas"]
 
 
 @pytest.mark.parametrize("extra", [{}, {"n": 2, "logprobs": 2, "echo": True}])

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema
 
 from sglang.messages import Pooling
-from sglang.sampling_params import MAX_TOP_LOGPROBS
+from sglang.sampling_params import MAX_STOP_STRINGS, MAX_TOP_LOGPROBS
 from sglang.server.errors import ApiError
 from sglang.server.openai.tool_calls import forced_calls_schema
 
@@ -22,10 +22,51 @@ Unsupported = Annotated[
 ]
 
 
-def within(**limits: float) -> Any:
-    """A field that may be left out. The limits are for readers of the schema: SamplingParams checks
-    them, and says more in its errors."""
-    return Field(None, json_schema_extra=limits)  # type: ignore[arg-type]
+LIMITS: dict[str, dict[str, Any]] = {
+    "max_tokens": {"minimum": 0},
+    "max_completion_tokens": {"minimum": 0},
+    "max_new_tokens": {"minimum": 0},
+    "min_tokens": {"minimum": 0},
+    "min_new_tokens": {"minimum": 0},
+    "temperature": {"minimum": 0},
+    "top_p": {"exclusiveMinimum": 0, "maximum": 1},
+    "top_k": {"minimum": -1},
+    "min_p": {"minimum": 0, "maximum": 1},
+    "frequency_penalty": {"minimum": -2, "maximum": 2},
+    "presence_penalty": {"minimum": -2, "maximum": 2},
+    "repetition_penalty": {"exclusiveMinimum": 0, "maximum": 2},
+    "seed": {"minimum": -(2**63), "maximum": 2**63 - 1},
+    "n": {"minimum": 1},
+}
+"""For readers of the OpenAPI schema: SamplingParams checks them, and says more in its errors."""
+
+TOKEN_ID = {"type": "integer", "format": "token-id"}
+MODEL_NAME = {"type": ["string", "null"], "format": "model-name"}
+"""Formats that openapi.py replaces by what this server has."""
+
+TokenIds = list[Annotated[int, WithJsonSchema(TOKEN_ID)]]
+ModelName = Annotated[str | None, WithJsonSchema(MODEL_NAME)]
+BIASES = {
+    "type": "object",
+    "propertyNames": {"pattern": "^[0-9]{1,4}$"},
+    "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+}
+STOPS = {
+    "anyOf": [
+        {"type": "string", "minLength": 1},
+        {
+            "type": "array",
+            "items": {"type": "string", "minLength": 1},
+            "maxItems": MAX_STOP_STRINGS,
+        },
+        {"type": "null"},
+    ]
+}
+
+
+def within(name: str) -> Any:
+    """A field that may be left out, with its limits."""
+    return Field(None, json_schema_extra=LIMITS[name])
 
 
 def refuse_unsupported(body: BaseModel) -> None:
@@ -70,7 +111,7 @@ def check_unicode(text: str) -> str:
 
 
 _TEXT = {"type": "string", "minLength": 1}
-_TOKENS = {"type": "array", "items": {"type": "integer"}, "minItems": 1}
+_TOKENS = {"type": "array", "items": TOKEN_ID, "minItems": 1}
 TEXTS = {"anyOf": [_TEXT, {"type": "array", "items": _TEXT, "minItems": 1}]}
 TOKEN_LISTS = {"anyOf": [_TOKENS, {"type": "array", "items": _TOKENS, "minItems": 1}]}
 _EITHER = {"anyOf": TEXTS["anyOf"] + TOKEN_LISTS["anyOf"]}
@@ -88,25 +129,27 @@ class _Sampling(BaseModel):
 
     model_config = ConfigDict(strict=True, protected_namespaces=())
 
-    model: str | None = None
+    model: ModelName = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     n: int | None = Field(1, ge=1, le=128)
-    max_tokens: int | None = within(minimum=0)
-    temperature: float | None = within(minimum=0)
-    top_p: float | None = within(exclusiveMinimum=0, maximum=1)
-    frequency_penalty: float | None = within(minimum=-2, maximum=2)
-    presence_penalty: float | None = within(minimum=-2, maximum=2)
-    seed: int | None = within(minimum=-(2**63), maximum=2**63 - 1)
-    stop: str | list[str] | None = None
-    logit_bias: dict[str, float] | None = None
+    max_tokens: int | None = within("max_tokens")
+    temperature: float | None = within("temperature")
+    top_p: float | None = within("top_p")
+    frequency_penalty: float | None = within("frequency_penalty")
+    presence_penalty: float | None = within("presence_penalty")
+    seed: int | None = within("seed")
+    stop: Annotated[str | list[str] | None, WithJsonSchema(STOPS)] = None
+    logit_bias: Annotated[
+        dict[str, float] | None, WithJsonSchema({"anyOf": [BIASES, {"type": "null"}]})
+    ] = None
     # SGLang's and vLLM's
-    top_k: int | None = within(minimum=-1)
-    min_p: float | None = within(minimum=0, maximum=1)
-    repetition_penalty: float | None = within(exclusiveMinimum=0, maximum=2)
-    min_tokens: int | None = within(minimum=0)
+    top_k: int | None = within("top_k")
+    min_p: float | None = within("min_p")
+    repetition_penalty: float | None = within("repetition_penalty")
+    min_tokens: int | None = within("min_tokens")
     ignore_eos: bool | None = None
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: TokenIds | None = None
     skip_special_tokens: bool | None = None
     no_stop_trim: bool | None = None
     rid: str | None = None
@@ -184,7 +227,7 @@ class CompletionRequest(_Sampling):
 class EmbeddingRequest(BaseModel):
     model_config = ConfigDict(strict=True)
 
-    model: str | None = None
+    model: ModelName = None
     input: Prompts
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = Field(None, ge=1)
@@ -194,13 +237,24 @@ class EmbeddingRequest(BaseModel):
     user: str | None = None
 
 
+TEXT_PART = {
+    "type": "object",
+    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+    "required": ["type", "text"],
+}
+
+
 class ChatMessage(BaseModel):
     """Other fields (tool_calls, tool_call_id, name, ...) go to the chat template as they are."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[dict[str, Any]] | None = None
+    content: Annotated[
+        str | list[dict[str, Any]] | None,
+        WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": TEXT_PART}]}),
+    ] = None
+    """null only for the assistant."""
 
 
 class JsonSchema(BaseModel):
@@ -257,7 +311,7 @@ class NamedTool(BaseModel):
 
 class ChatRequest(_Sampling):
     messages: list[ChatMessage] = Field(min_length=1)
-    max_completion_tokens: int | None = within(minimum=0)
+    max_completion_tokens: int | None = within("max_completion_tokens")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     response_format: ResponseFormat | None = None
