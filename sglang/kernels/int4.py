@@ -151,6 +151,8 @@ def choose_config(num_tokens: int, n: int, k: int) -> DotConfig:
     if block_m <= 32:
         block_n, splits = (128, 4) if n > 8192 else (64, min(8, _power_below(k // 512)))
         return DotConfig(block_m, block_n, splits, num_warps=4, num_stages=3)
+    if block_m == 64 and n <= 4096:
+        return DotConfig(64, 128, min(4, _power_below(k // 512)), num_warps=8, num_stages=4)
     splits = min(_power_below(384 // tiles), 4, _power_below(k // 512))
     return DotConfig(block_m, 64, splits, num_warps=4, num_stages=3)
 
