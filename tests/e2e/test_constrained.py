@@ -65,6 +65,33 @@ def test_regex_and_ebnf_are_obeyed_beside_unconstrained_prompts(server):
     assert server.wait_idle(1.0)
 
 
+def test_free_requests_say_beside_constrained_ones_what_they_say_alone(server):
+    greedy = {"temperature": 0, "max_new_tokens": 16, "ignore_eos": True}
+    free = [f"{i}, {i + 1}, {i + 2}," for i in range(4)]
+    alone = [server.generate(text=text, sampling_params=greedy)["text"] for text in free]
+    constrained = {**greedy, "json_schema": json.dumps(PERSON), "ignore_eos": False}
+    replies = server.generate(
+        text=[text for text in free for _ in range(2)], sampling_params=[greedy, constrained] * 4
+    )
+    assert [reply["text"] for reply in replies[::2]] == alone
+    assert all(reply["text"].startswith('{"name": "') for reply in replies[1::2])
+
+
+def test_forced_text_stops_at_stop_strings_and_tokens_and_is_scored_where_that_is_asked_for(server):
+    params = {"temperature": 0, "regex": "The capital of France is Paris!"}
+    whole = server.generate(text="Say:", sampling_params=params, return_logprob=True)
+    assert whole["text"] == "The capital of France is Paris!"
+    ids, scores = whole["output_ids"], whole["meta_info"]["output_token_logprobs"]
+    assert [score[1] for score in scores] == ids, "each was sampled"
+    for scored in (True, False):
+        body = {"text": "Say:", "return_logprob": scored}
+        stop = server.generate(**body, sampling_params={**params, "stop": "France"})
+        assert stop["text"] == "The capital of "
+        stop = server.generate(**body, sampling_params={**params, "stop_token_ids": [ids[-2]]})
+        assert stop["output_ids"] == ids[:-1]
+        assert stop["meta_info"]["finish_reason"] == {"type": "stop", "matched": ids[-2]}
+
+
 def test_a_forced_tool_call_has_arguments_that_fit_whole_and_streamed(client, model):
     named = {"type": "function", "function": {"name": "get_weather"}}
     for choice in ("required", named):
