@@ -41,8 +41,8 @@ class TokenIntervals:
         self._counts = np.zeros(len(_SECONDS) + 1, dtype=np.int64)
         self._sum = 0.0
 
-    def append(self, seconds: float) -> None:
-        self._new.append(seconds)
+    def add(self, seconds: list[float]) -> None:
+        self._new += seconds
         if len(self._new) >= 4096:
             self._count()
 

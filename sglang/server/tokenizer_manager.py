@@ -63,7 +63,7 @@ class Sequence:
         self.index = index
         self.handle = handle
         self.text = ""
-        self.ids = b""
+        self.ids = bytearray()
         """int32 tokens, packed."""
         self.logprobs: list[TokenLogprob] = []
         """Of all tokens, if the request wants them..."""
@@ -172,12 +172,11 @@ class Generation:
         """The token path."""
         sequence.text += delta.text
         sequence.ids += delta.token_ids
-        if delta.cached_tokens:
+        if delta.prompt_tokens:  # the first one
             sequence.cached_tokens = delta.cached_tokens
+            sequence.prompt_logprobs = delta.prompt_logprobs
         if delta.logprobs:
             sequence.logprobs += delta.logprobs
-        if delta.prompt_logprobs:
-            sequence.prompt_logprobs += delta.prompt_logprobs
         if delta.end is not None:
             sequence.embedding = delta.embedding
             sequence.end = delta.end
@@ -338,13 +337,14 @@ class TokenizerManager:
         match message:
             case TextBatch():
                 sequences, now = self._sequences, time.monotonic()
+                intervals: list[float] = []
                 for delta in message.deltas:
                     sequence = sequences.get(delta.handle)
                     if sequence is None:
                         continue  # its reader has gone
                     if delta.token_ids:
                         if sequence.first_at:
-                            self.metrics.token_intervals.append(now - sequence.last_at)
+                            intervals.append(now - sequence.last_at)
                         else:
                             sequence.first_at = now
                         sequence.last_at = now
@@ -352,6 +352,7 @@ class TokenizerManager:
                         del sequences[delta.handle]
                         self._observe(sequence, delta.end)
                     sequence.generation.push(sequence, delta)
+                self.metrics.token_intervals.add(intervals)
             case Stats():
                 _answer(self._stats, message)
             case FlushCacheReply():
