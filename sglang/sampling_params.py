@@ -59,8 +59,8 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
         given = {k: v for k, v in values.items() if v is not None or k == "max_new_tokens"}
         if isinstance(given.get("stop"), str):
             given["stop"] = [given["stop"]]
-        if isinstance(given.get("logit_bias"), dict):
-            given["logit_bias"] = _int_keys(given["logit_bias"])
+        if isinstance(bias := given.get("logit_bias"), dict):
+            given["logit_bias"] = _int_keys(bias)
         if isinstance(given.get("json_schema"), dict | bool):
             given["json_schema"] = json.dumps(given["json_schema"])
         try:
@@ -106,6 +106,8 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
             raise ValueError(f"stop takes at most {MAX_STOP_STRINGS} strings, got {len(self.stop)}")
         if any(not s for s in self.stop):
             raise ValueError("stop strings must not be empty")
+        if not all(s.isascii() or s.encode(errors="ignore").decode() == s for s in self.stop):
+            raise ValueError("stop strings must be valid Unicode: one holds half a surrogate pair")
 
 
 def _int_keys(bias: dict[Any, Any]) -> dict[int, Any]:

@@ -22,6 +22,7 @@ from sglang.server.openai.schemas import (
     TEXTS,
     TOKEN_ID,
     TOKEN_LISTS,
+    Text,
     TokenIds,
     Unsupported,
     check_unicode,
@@ -74,7 +75,7 @@ class GenerateBody(BaseModel):
         WithJsonSchema({"anyOf": [_SAMPLING, {"type": "array", "items": _SAMPLING}, _NULL]}),
     ] = None
     stream: bool | None = False
-    rid: str | None = None
+    rid: Text | None = None
 
     return_logprob: bool | None = None
     top_logprobs_num: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
@@ -113,7 +114,7 @@ class Tokens(BaseModel):
     max_model_len: int
 
 
-class Text(BaseModel):
+class Detokenized(BaseModel):
     text: str
 
 
@@ -256,11 +257,11 @@ def native_router(service: Service) -> APIRouter:
         return Tokens(tokens=ids, count=len(ids), max_model_len=service.model.context_len)
 
     @router.post("/detokenize", responses=errors(400, 413))
-    async def detokenize(body: DetokenizeBody) -> Text:
+    async def detokenize(body: DetokenizeBody) -> Detokenized:
         """The text of token ids."""
         tokenizer = service.need_tokenizer()
         if any(not 0 <= id < service.model.vocab_size for id in body.tokens):
             raise ApiError(f"tokens must be in [0, {service.model.vocab_size})", "tokens")
-        return Text(text=tokenizer.decode(body.tokens, body.skip_special_tokens))
+        return Detokenized(text=tokenizer.decode(body.tokens, body.skip_special_tokens))
 
     return router

@@ -229,12 +229,19 @@ def _part_text(index: int, part: dict[str, Any]) -> str:
     return part["text"]
 
 
+_OF_THE_REQUEST = {"messages", "tools", "add_generation_prompt", "continue_final_message"}
+
+
 def _render(service: Service, request: ChatRequest) -> str:
     messages = [_for_template(i, message) for i, message in enumerate(request.messages)]
     continues = bool(request.continue_final_message)
     if continues and messages[-1]["role"] != "assistant":
         message = "continue_final_message wants a last message from the assistant"
         raise ApiError(message, "continue_final_message")
+    own = sorted(_OF_THE_REQUEST & set(request.chat_template_kwargs or {}))
+    if own:
+        message = f"chat_template_kwargs must not hold {own[0]}, which the request has itself"
+        raise ApiError(message, "chat_template_kwargs")
     try:
         prompt = service.need_tokenizer().render_chat(
             messages,

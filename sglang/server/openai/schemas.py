@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema
 
 from sglang.messages import Pooling
 from sglang.sampling_params import MAX_STOP_STRINGS, MAX_TOP_LOGPROBS
@@ -22,6 +22,16 @@ Unsupported = Annotated[
 ]
 
 
+def check_unicode(text: str) -> str:
+    """JSON can spell half a surrogate pair, which is no text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("must be valid Unicode: it holds half a surrogate pair") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(check_unicode)]
 LIMITS: dict[str, dict[str, Any]] = {
     "max_tokens": {"minimum": 0},
     "max_completion_tokens": {"minimum": 0},
@@ -101,15 +111,6 @@ def parse_prompts(value: Any) -> list[str | list[int]]:
     return prompts
 
 
-def check_unicode(text: str) -> str:
-    """JSON can spell half a surrogate pair, which is no text."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError("must be valid Unicode: it holds half a surrogate pair") from None
-    return text
-
-
 _TEXT = {"type": "string", "minLength": 1}
 _TOKENS = {"type": "array", "items": TOKEN_ID, "minItems": 1}
 TEXTS = {"anyOf": [_TEXT, {"type": "array", "items": _TEXT, "minItems": 1}]}
@@ -152,7 +153,7 @@ class _Sampling(BaseModel):
     stop_token_ids: TokenIds | None = None
     skip_special_tokens: bool | None = None
     no_stop_trim: bool | None = None
-    rid: str | None = None
+    rid: Text | None = None
 
     regex: str | None = None
     ebnf: str | None = None
