@@ -274,12 +274,13 @@ class TokenizerManager:
             self._limits.request(self._next_handle(), ids, params, logprobs, pooling)
             for ids, params in prompts
         ]
+        frames = [encode(request) for request in requests]  # before anything is remembered of them
         generation = Generation(self, rid, wants_deltas)
         self._generations[rid] = generation
-        for request in requests:
+        for request, frame in zip(requests, frames, strict=True):
             sequence = generation.add(request.handle, len(request.input_ids) // 4)
             self._sequences[request.handle] = sequence
-            self._router.send(encode(request))
+            self._router.send(frame)
         return generation
 
     def forget(self, generation: Generation) -> None:

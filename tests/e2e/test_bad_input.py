@@ -220,3 +220,4 @@ def test_after_all_that_the_server_goes_on(server: Server):
     assert server.get("/health").status_code == 200
     assert server.get("/health_generate").status_code == 200
     assert server.wait_idle(1.0)
+    assert server.get("/get_server_info").json()["num_requests"] == 0
