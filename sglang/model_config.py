@@ -385,6 +385,7 @@ def _read_gguf(path: Path) -> dict[str, Any]:
             "max_position_embeddings": value("context_length"),
             "rms_norm_eps": value("attention.layer_norm_rms_epsilon", 1e-6),
             "rope_parameters": rope,
+            "dtype": _gguf_dtype({tensor.type for tensor in file.tensors.values()}),
             "tie_word_embeddings": "output.weight" not in file.tensors,
             "attention_bias": "blk.0.attn_q.bias" in file.tensors,
             "attention_output_bias": "blk.0.attn_output.bias" in file.tensors,
@@ -394,6 +395,12 @@ def _read_gguf(path: Path) -> dict[str, Any]:
         }
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path}: its header lacks what {kind} needs ({error})") from None
+
+
+def _gguf_dtype(types: set[str]) -> str:
+    """What a file's numbers are held in where 16 bits are wanted. Blocks have float16 scales, and
+    bfloat16 rounds so much more that greedy answers of a small model change."""
+    return "bfloat16" if "BF16" in types or types == {"F32"} else "float16"
 
 
 def _gguf_ends(metadata: dict[str, Any]) -> list[int]:

@@ -1,4 +1,4 @@
-"""Two steps before the first request: kernels are compiled, and too little memory shows, early."""
+"""Steps before the first request: kernels are compiled, and too little memory shows, early."""
 
 from __future__ import annotations
 
@@ -11,21 +11,26 @@ from sglang.messages import RowSpec, StepPlan, pack
 if TYPE_CHECKING:
     from sglang.worker.runner import ModelRunner
 
+_PROMPT_LENGTHS = (512, 32, 16)
+"""Besides the longest: attention has other tiles, and so other kernels, for each."""
+
 
 def warm_up(runner: ModelRunner) -> None:
-    """The largest prefill that may come (on a CPU a short one), then a step that decodes, prefills
-    and draws at random. They write to slots that are free and to rows that are not open."""
+    """The largest prefills that may come, of short prompts and of long ones (on a CPU, one short
+    prompt), then a step that decodes, prefills and draws at random. They write to slots that are
+    free and to rows that are not open."""
     rows = runner.rows
     budget = min(
         runner.chunk_size if runner.device.type == "cuda" else 16, runner.kv_cache.num_slots
     )
-    length = min(budget, rows.max_len - 1)
-    prompts = [length] * min(budget // max(length, 1), rows.num_rows)
-    if length < 1:
+    longest = min(budget, rows.max_len - 1)
+    if longest < 1:
         return
-    _run(runner, num_decode=0, prompts=prompts, temperature=0.0)
-    if len(prompts) < rows.num_rows:
-        _run(runner, num_decode=len(prompts), prompts=[1], temperature=1.0)
+    for length in (*(n for n in _PROMPT_LENGTHS if n < longest), longest):
+        num_prompts = min(budget // length, rows.num_rows)
+        _run(runner, num_decode=0, prompts=[length] * num_prompts, temperature=0.0)
+    if num_prompts < rows.num_rows:
+        _run(runner, num_decode=num_prompts, prompts=[longest], temperature=1.0)
 
 
 def _run(runner: ModelRunner, num_decode: int, prompts: list[int], temperature: float) -> None:

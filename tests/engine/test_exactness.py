@@ -52,8 +52,10 @@ def until(ends, tokens):
 
 @DEPTHS
 def test_one_at_a_time(engine, prompts, expected, depth):
-    scheduler = engine.scheduler()
-    assert engine.generate(scheduler, prompts, PARAMS, depth, at_once=False) == expected
+    """Half of the prompts at each depth: alone, they take the longest."""
+    mine = slice(depth - 1, None, 2)
+    outputs = engine.generate(engine.scheduler(), prompts[mine], PARAMS, depth, at_once=False)
+    assert outputs == expected[mine]
 
 
 @DEPTHS

@@ -5,6 +5,8 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
 
+from sglang.model_config import ModelConfig
+from sglang.server_args import ServerArgs
 from tests.models import tiny
 
 NAMES = {
@@ -74,6 +76,23 @@ def test_logits_are_those_of_the_weights_in_the_file(family, kind, tmp_path):
     ours, config = tiny.load(path)
     assert config.load_format == "gguf" and config.eos_token_ids == (7,)
     tiny.assert_same_logits(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        (Type.F32, "bfloat16"),
+        (Type.BF16, "bfloat16"),
+        (Type.F16, "float16"),
+        (Type.Q4_1, "float16"),
+    ],
+)
+def test_on_a_gpu_its_numbers_are_as_wide_as_in_the_file(kind, dtype, tmp_path, monkeypatch):
+    monkeypatch.setattr("sglang.model_config.num_gpus", lambda: 1)
+    path = tmp_path / "model.gguf"
+    write(tiny.make("Llama"), path, kind, "llama")
+    assert ModelConfig.load(ServerArgs(str(path), device="cuda")).dtype == dtype
+    assert ModelConfig.load(ServerArgs(str(path), device="cpu")).dtype == "float32"
 
 
 def test_untied_heads_and_rope_factors(tmp_path):
