@@ -47,9 +47,9 @@ within this time."""
 TERMINATE_SECONDS = 2.0
 """After SIGTERM a child has so long before SIGKILL."""
 _SPIN_COUNT = "5000"
-"""How often a thread of OpenMP looks whether there is work before it sleeps: some 0.1 ms, enough from
-one product to the next. By default it spins for milliseconds, which takes the core from the thread
-that it waits for: beside another busy process a step took 2 to 10 times as long."""
+"""How often a thread of OpenMP looks whether there is work before it sleeps: some 0.1 ms, enough
+from one product to the next. By default it spins for milliseconds, which takes the core from the
+thread that it waits for: beside another busy process a step then takes twice as long."""
 _BOOT = "from sglang.processes import child_main; child_main()"
 _BEAT = b"."  # a pickled report begins with another byte
 _report_fd = -1  # in a child: its pipe
