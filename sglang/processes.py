@@ -40,7 +40,9 @@ if TYPE_CHECKING:
 
 HEARTBEAT_SECONDS = 1.0
 SILENCE_SECONDS = 7.0
-"""A process that has begun to beat and then is silent for so long hangs."""
+"""A process that has begun to beat, and then neither beats nor computes for so long, hangs..."""
+BUSY_SECONDS = 60.0
+"""...and so does one that computes, without a beat, for so long."""
 CAUSE_SECONDS = 0.2
 """One rank's death soon fails the others, which wait for it: the cause is sought among all that end
 within this time."""
@@ -162,7 +164,7 @@ class Supervisor:
                 for key in list(selector.get_map().values()):
                     if was_away:
                         key.data.excuse()
-                    elif key.data.is_silent():
+                    elif key.data.hangs():
                         self._died(Death(f"{key.data.child.name} hangs: no sign of life"))
 
     def _died(self, death: Death) -> None:
@@ -215,6 +217,7 @@ class _Watched:
         self.process = process
         self.report = b""
         self._last_beat = math.inf  # not before the first
+        self._cpu_seconds = self._last_ran = 0.0
 
     def read(self, pipe: int) -> bool:
         """False: the pipe is closed."""
@@ -228,8 +231,14 @@ class _Watched:
         if self._last_beat < math.inf:
             self._last_beat = time.monotonic()
 
-    def is_silent(self) -> bool:
-        return time.monotonic() - self._last_beat > SILENCE_SECONDS
+    def hangs(self) -> bool:
+        """To be asked often. On a machine that is too busy, or in a long call into a library, a
+        process may not get to beat: but its CPU time grows."""
+        now, cpu_seconds = time.monotonic(), _cpu_seconds(self.process.pid)
+        if cpu_seconds > self._cpu_seconds:
+            self._cpu_seconds, self._last_ran = cpu_seconds, now
+        limit = SILENCE_SECONDS if now - self._last_ran > SILENCE_SECONDS / 2 else BUSY_SECONDS
+        return now - self._last_beat > limit
 
     # Once it has ended:
 
@@ -246,6 +255,14 @@ class _Watched:
         if code < 0:
             return Death(f"{name} was killed by signal {-code} ({signal.Signals(-code).name})")
         return Death(f"{name} ended unexpectedly with exit code {code}")
+
+
+def _cpu_seconds(pid: int) -> float:
+    """What a process has used; 0.0: it is gone."""
+    try:
+        return time.clock_gettime(~pid << 3 | 2)  # as clock_getcpuclockid(3) makes it
+    except OSError:
+        return 0.0
 
 
 # --- in the child --------------------------------------------------------------------------------

@@ -49,3 +49,16 @@ def live() -> None:
 
     start_heartbeat()
     time.sleep(1000)
+
+
+def hold_the_interpreter_lock(seconds: float) -> None:
+    """Lives, but for a while nothing else in it can run."""
+    from sglang.processes import start_heartbeat
+
+    start_heartbeat()
+    time.sleep(0.5)
+    end = time.monotonic() + seconds
+    sys.setswitchinterval(1000)
+    while time.monotonic() < end:
+        pass
+    raise ValueError("done")

@@ -145,3 +145,12 @@ def test_a_child_that_hangs_is_noticed_and_named(supervise):
     os.kill(pids["child 1"], signal.SIGSTOP)
     assert deaths.get(timeout=10).message == "child 1 hangs: no sign of life"
     assert not any(is_running(pid) for pid in pids.values())
+
+
+def test_a_child_that_computes_without_a_beat_is_given_longer(supervise, monkeypatch):
+    monkeypatch.setattr("sglang.processes.SILENCE_SECONDS", 2.5)
+    _, deaths = supervise(("hold_the_interpreter_lock", 5.0))
+    assert deaths.get(timeout=15).message == "child 0: done"
+    monkeypatch.setattr("sglang.processes.BUSY_SECONDS", 2.5)
+    _, deaths = supervise(("hold_the_interpreter_lock", 10.0))
+    assert deaths.get(timeout=15).message == "child 0 hangs: no sign of life"
