@@ -122,6 +122,7 @@ def test_the_log_names_a_request_by_the_id_that_its_client_gave(guarded):
     assert log_lines(guarded, own, 1)
 
 
+@pytest.mark.alone
 def test_a_server_that_is_to_end_waits_as_long_as_it_was_told(guarded):
     """Last: it ends the server."""
     body = {"text": "Once", "sampling_params": LONG}

@@ -19,6 +19,7 @@ import requests
 
 from tests.e2e.serving import Server
 
+pytestmark = pytest.mark.alone
 CHILDREN = ["model worker 0", "router", "detokenizer"]
 LONG = {"max_new_tokens": 4000, "ignore_eos": True, "temperature": 0}
 

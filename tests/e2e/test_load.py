@@ -80,6 +80,7 @@ async def send_all(url: str, bodies: list[dict], leavers: dict[int, int]) -> lis
     return await asyncio.gather(*tasks)
 
 
+@pytest.mark.alone
 def test_500_streams_of_which_a_third_leaves_all_give_back_their_slots_and_the_rest_is_right(tiny):
     rng = random.Random(0)
     bodies = [body(rng, i) for i in range(NUM_STREAMS)]

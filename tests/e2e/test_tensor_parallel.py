@@ -60,6 +60,7 @@ def test_two_ranks_behind_http_say_what_one_says(server, folder):
     assert answers(server) == outputs_of(str(folder), PROMPTS, TensorParallel())
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     ("signum", "cause"),
     [

@@ -14,6 +14,7 @@ import pytest
 
 from sglang.processes import Child, Death, Supervisor
 
+pytestmark = pytest.mark.alone
 CHILDREN = "tests.server.children"
 ROOT = Path(__file__).parents[2]
 
