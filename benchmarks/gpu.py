@@ -128,7 +128,7 @@ def parts(machine: str | None) -> list[Part]:
     pytest = ("-m", "pytest", "-x", "-p", "no:cacheprovider")
     return [
         Part("about", 60, command("-c", about)),
-        Part("tests", 420, command(*pytest, "tests/kernels")),
+        Part("tests", 420, command(*pytest, "-n", "8", "tests/kernels")),  # mostly compilation
         Part("tests-engine", 240, command(*pytest, "tests/engine", "tests/models")),
         Part("agreement", 150, command("benchmarks/agreement.py", "--dtype", "float32")),
         Part("agreement-bf16", 150, command("benchmarks/agreement.py", "--dtype", "bfloat16")),
