@@ -107,12 +107,12 @@ def _describe(app: FastAPI, service: Service) -> dict[str, Any]:
         schema["security"] = [{"key": []}]
         for path in ("/health", "/health_generate"):
             schema["paths"][path]["get"]["security"] = []
-    model = service.model
+    highest_id = service.model.vocab_size - 1
     _fill_in(
         schemas,
         {
-            "token-id": {"type": "integer", "minimum": 0, "maximum": model.vocab_size - 1},
-            "model-name": {"enum": [model.name, service.args.model_path, None]},
+            "token-id": {"type": "integer", "minimum": 0, "maximum": highest_id},
+            "model-name": {"enum": service.model_names},
         },
     )
     return schema

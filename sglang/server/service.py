@@ -48,11 +48,13 @@ class Service:
         self.request_log = None
         if args.log_requests:
             self.request_log = RequestLog(args.log_requests_level, tokenizer)
+        self.model_names = list(dict.fromkeys([model.name, args.model_path, "", None]))
+        """What a request may call the model; the last two: whatever there is."""
         self.draining = False
         """The server is about to end."""
 
     def check_model(self, name: str | None) -> None:
-        if name not in (None, "", self.model.name, self.args.model_path):
+        if name not in self.model_names:
             message = f"model {name!r} does not exist; this server has {self.model.name!r}"
             raise ApiError(message, "model", 404, "model_not_found")
 

@@ -76,6 +76,15 @@ def test_every_endpoint_describes_errors_and_streams(quick):
             assert said["$ref"].rsplit("/", 1)[1] in schema["components"]["schemas"]
 
 
+def test_the_described_names_of_the_model_are_those_that_are_taken(quick):
+    schema = quick.get("/openapi.json").json()["components"]["schemas"]["CompletionRequest"]
+    for name in [*schema["properties"]["model"]["enum"], "another"]:
+        body = {"prompt": "a", "max_tokens": 1, "model": name}
+        expected = 404 if name == "another" else 200
+        assert quick.post("/v1/completions", body).status_code == expected, name
+    assert {"tiny", "", None} < set(schema["properties"]["model"]["enum"])
+
+
 @pytest.mark.parametrize("extra", [{}, {"n": 2, "logprobs": 2, "echo": True}])
 def test_events_of_a_completion_are_as_described(quick, extra):
     for event in events(quick, "/v1/completions", {"prompt": "Once", "seed": 1, **extra}):
