@@ -31,13 +31,10 @@ WINDOW = 250
 """Tokens that are scored together, each after all before it in the window."""
 FEW = 4
 BOUNDS = {
-    "gguf": 0.1, "gguf, bfloat16": 0.1, "int8 at load": 1.2, "fp8 at load": 0.5,
-    "awq": 8.0, "gptq": 8.0, "int8": 1.2, "fp8": 0.5,
+    "gguf": 0.1, "gguf, bfloat16": 0.1, "int8 at load": 0.1, "fp8 at load": 0.1,
+    "awq": 1.5, "gptq": 1.5, "int8": 0.1, "fp8": 0.1,
 }  # fmt: skip
-"""How much more than float32's the perplexity may be: about what the same rounding costs in
-transformers. The 4-bit formats round weights that the model's file has rounded to 4 bits already;
-int8 activations suffer from outliers, which SmoothQuant's checkpoints have moved into the weights;
-and on a thousand tokens a change of 0.3 may be chance."""
+"""How much more than float32's the perplexity may be."""
 
 
 def windows(ids: list[int]) -> list[list[int]]:

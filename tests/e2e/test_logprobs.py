@@ -53,7 +53,7 @@ def test_native_logprobs_of_prompt_and_output_are_those_of_transformers(server):
         assert_same(top, row.expand(5, -1))
 
 
-@pytest.mark.parametrize("start", [0, 3, 700])
+@pytest.mark.parametrize("start", [0, 1, 3, 700])
 def test_prompt_logprobs_are_right_beyond_a_chunk_and_whatever_is_cached(server, start):
     """The chunks are of 512 tokens; positions before `start` may come from the cache."""
     ids = [(7 * i * i + i) % 40000 + 100 for i in range(1100)]

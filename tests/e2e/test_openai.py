@@ -108,7 +108,7 @@ def test_a_completion_stream_joined_is_the_whole_completion(client, model, promp
     assert whole.text
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", range(4))
 def test_a_stream_of_wild_bytes_joined_is_the_whole_completion(client, model, seed):
     """At this temperature there are broken characters, emoji and all scripts."""
     kwargs = {

@@ -13,7 +13,7 @@ from sglang import demo_model
 from sglang.server.openai import replies
 from tests.e2e.serving import Server
 
-SECONDS = 20
+SECONDS = 30
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "vocab_size": 49152,
