@@ -50,9 +50,10 @@ def quantize(method: str, source: str, target: str, group_size: int = 0) -> None
     folder = Path(target)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    values = _copy_the_rest(config, folder)
+    values, held_in = _copy_the_rest(config, folder), str(dtype).removeprefix("torch.")
     values |= {
-        "torch_dtype": str(dtype).removeprefix("torch."),
+        "dtype": held_in,
+        "torch_dtype": held_in,  # its older name
         "quantization_config": quantization_config(method, group_size),
     }
     (folder / "config.json").write_text(json.dumps(values, indent=1))

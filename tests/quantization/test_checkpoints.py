@@ -8,8 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from sglang.model_config import ModelConfig
 from sglang.quantization.schemes import parse_scheme
 from sglang.quantize import quantize
+from sglang.server_args import ServerArgs
 from tests.models import tiny
 
 
@@ -98,6 +100,18 @@ def test_logits_are_those_of_the_dequantized_weights(method, tmp_path):
         wanted = theirs(torch.tensor([ids])).logits[0]
     error = tiny.our_logits(ours, ids) - wanted
     assert error.pow(2).mean().sqrt() < 0.02 * wanted.std()
+
+
+@pytest.mark.parametrize("method, held_in", [("awq", "float16"), ("int8", "bfloat16")])
+def test_a_checkpoint_runs_in_what_it_is_held_in(method, held_in, tmp_path, monkeypatch):
+    monkeypatch.setattr("sglang.model_config.num_gpus", lambda: 1)
+    model = tiny.make("Qwen2", hidden_size=128, intermediate_size=192)
+    wrong = "bfloat16" if held_in == "float16" else "float16"
+    model.to(getattr(torch, wrong)).save_pretrained(tmp_path / "in")
+    quantize(method, str(tmp_path / "in"), str(tmp_path / "out"))
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert tensors["model.norm.weight"].dtype == getattr(torch, held_in)
+    assert ModelConfig.load(ServerArgs(str(tmp_path / "out"), device="cuda")).dtype == held_in
 
 
 @pytest.mark.parametrize(
