@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Any
+from typing import Any, NoReturn
 
 import msgspec
 
@@ -74,26 +74,29 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
     def verify(self, vocab_size: int) -> None:
         """Raises ValueError with a message that starts with the offending field's name."""
 
-        def check(field: str, ok: bool, limits: str) -> None:
-            if not ok:
-                raise ValueError(f"{field} must be {limits}, got {getattr(self, field)}")
-
-        check("max_new_tokens", self.max_new_tokens is None or self.max_new_tokens >= 0, ">= 0")
-        check("min_new_tokens", self.min_new_tokens >= 0, ">= 0")
-        if self.max_new_tokens is not None:
-            check(
-                "min_new_tokens",
-                self.min_new_tokens <= self.max_new_tokens,
-                f"<= max_new_tokens ({self.max_new_tokens})",
-            )
-        check("temperature", 0.0 <= self.temperature < math.inf, "a finite number >= 0")
-        check("top_p", 0.0 < self.top_p <= 1.0, "in (0, 1]")
-        check("top_k", self.top_k >= -1, "-1 (all tokens) or >= 0")
-        check("min_p", 0.0 <= self.min_p <= 1.0, "in [0, 1]")
-        check("frequency_penalty", -2.0 <= self.frequency_penalty <= 2.0, "in [-2, 2]")
-        check("presence_penalty", -2.0 <= self.presence_penalty <= 2.0, "in [-2, 2]")
-        check("repetition_penalty", 0.0 < self.repetition_penalty <= 2.0, "in (0, 2]")
-        check("seed", self.seed is None or -(2**63) <= self.seed < 2**63, "a 64-bit integer")
+        most = self.max_new_tokens
+        if not (most is None or most >= 0):
+            self._refuse("max_new_tokens", ">= 0")
+        if self.min_new_tokens < 0:
+            self._refuse("min_new_tokens", ">= 0")
+        if most is not None and self.min_new_tokens > most:
+            self._refuse("min_new_tokens", f"<= max_new_tokens ({most})")
+        if not 0.0 <= self.temperature < math.inf:
+            self._refuse("temperature", "a finite number >= 0")
+        if not 0.0 < self.top_p <= 1.0:
+            self._refuse("top_p", "in (0, 1]")
+        if self.top_k < -1:
+            self._refuse("top_k", "-1 (all tokens) or >= 0")
+        if not 0.0 <= self.min_p <= 1.0:
+            self._refuse("min_p", "in [0, 1]")
+        if not -2.0 <= self.frequency_penalty <= 2.0:
+            self._refuse("frequency_penalty", "in [-2, 2]")
+        if not -2.0 <= self.presence_penalty <= 2.0:
+            self._refuse("presence_penalty", "in [-2, 2]")
+        if not 0.0 < self.repetition_penalty <= 2.0:
+            self._refuse("repetition_penalty", "in (0, 2]")
+        if not (self.seed is None or -(2**63) <= self.seed < 2**63):
+            self._refuse("seed", "a 64-bit integer")
         for token, bias in self.logit_bias.items():
             if not 0 <= token < vocab_size:
                 raise ValueError(f"logit_bias token ids must be in [0, {vocab_size}), got {token}")
@@ -108,6 +111,9 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
             raise ValueError("stop strings must not be empty")
         if not all(s.isascii() or s.encode(errors="ignore").decode() == s for s in self.stop):
             raise ValueError("stop strings must be valid Unicode: one holds half a surrogate pair")
+
+    def _refuse(self, field: str, limits: str) -> NoReturn:
+        raise ValueError(f"{field} must be {limits}, got {getattr(self, field)}")
 
 
 def _int_keys(bias: dict[Any, Any]) -> dict[int, Any]:

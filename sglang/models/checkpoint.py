@@ -190,7 +190,12 @@ def _files(
 
 class DummyCheckpoint(Checkpoint):
     """Random weights of whatever shape is asked for, made where they are wanted. The same name
-    gives the same weights, so replicated shares agree over ranks."""
+    gives the same weights, so replicated shares agree over ranks.
+
+    They are as small as SGLang's and vLLM's: a GPU at its power limit runs the slower, the more
+    bits change in its matrix units, so engines compare only over weights of the same spread."""
+
+    SPREAD = 1e-3
 
     def __init__(self) -> None:
         super().__init__((), show_progress=False)
@@ -207,13 +212,12 @@ class DummyCheckpoint(Checkpoint):
     ) -> None:
         if not out.dtype.is_floating_point:
             return self._fill_integers(out, name, shard)
-        if name.endswith("norm.weight"):
-            out.fill_(1.0)
-        elif out.dtype.itemsize == 1:  # FP8 has no random numbers of its own
+        if out.dtype.itemsize == 1:  # so small an FP8 number would be 0; and torch draws none
             values = torch.empty(out.shape, dtype=torch.bfloat16, device=out.device)
             out.copy_(values.normal_(0.0, 20.0, generator=self._generator(out.device, name, shard)))
         else:
-            out.normal_(0.0, 0.02, generator=self._generator(out.device, name, shard))
+            generator = self._generator(out.device, name, shard)
+            out.uniform_(-self.SPREAD, self.SPREAD, generator=generator)
 
     def _fill_integers(self, out: torch.Tensor, name: str, shard: Shard) -> None:
         info = torch.iinfo(out.dtype)

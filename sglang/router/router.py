@@ -109,11 +109,17 @@ class Router:
                     pass
                 result = self._workers.recv()
                 lane.skip()
-                scheduler.commit(result)
-                lane.lap("commit", result.step)
-            if (news := scheduler.take_outbox()) is not None:
-                self._detokenizer.send(encode(news))
-                lane.lap("tell the detokenizer")
+                flight = scheduler.take_in(result)
+                lane.lap("take in", result.step)
+                self._tell_detokenizer()
+                scheduler.put_away(flight)
+                lane.lap("put away", result.step)
+            self._tell_detokenizer()
+
+    def _tell_detokenizer(self) -> None:
+        if (news := self._scheduler.take_outbox()) is not None:
+            self._detokenizer.send(encode(news))
+            self._lane.lap("tell the detokenizer")
 
     def _receive(self, wait: bool) -> None:
         """Takes in all that has arrived; with `wait`, waits for something to arrive, or a grammar

@@ -295,15 +295,22 @@ class Scheduler:
     # --- commit and settle -------------------------------------------------------------------
 
     def commit(self, result: StepResult) -> None:
-        """Takes in the oldest flying step."""
-        rows = self.rows
+        """What became of the oldest flying step."""
+        self.put_away(self.take_in(result))
+
+    def take_in(self, result: StepResult) -> Flight:
+        """The first half of `commit`: the news. They need not wait for the second half."""
         flight = self.flying.popleft()
         assert result.step == flight.step, "steps come back in order"
-        in_step = flight.rows()
-        rows.flying[in_step] -= 1
+        self.rows.flying[flight.rows()] -= 1
         self._pass_on_prompt_logprobs(result)
         self._pass_on_embeddings(result)
         self._append(flight.sampled_rows(), unpack(result.tokens), result)
+        return flight
+
+    def put_away(self, flight: Flight) -> None:
+        """The second half: prompts go into the tree, and who has ended gives back what it held."""
+        rows, in_step = self.rows, flight.rows()
         for chunk in flight.chunks:
             if not rows.leaving[chunk.row]:
                 self._remember(chunk.request, chunk.end)

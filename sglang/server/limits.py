@@ -72,11 +72,9 @@ class Limits:
         array = np.asarray(ids)
         if array.dtype.kind != "i":  # ids beyond 64 bits make an array of objects
             raise ValueError(f"prompt token ids must be in [0, {self.vocab_size})")
-        wrong = (array < 0) | (array >= self.vocab_size)
-        if wrong.any():
-            raise ValueError(
-                f"prompt token ids must be in [0, {self.vocab_size}), got {array[wrong][0]}"
-            )
+        if array.min() < 0 or array.max() >= self.vocab_size:
+            wrong = array[(array < 0) | (array >= self.vocab_size)][0]
+            raise ValueError(f"prompt token ids must be in [0, {self.vocab_size}), got {wrong}")
         return array
 
     def _name_limit(self) -> str:

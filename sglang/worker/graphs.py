@@ -17,7 +17,8 @@ import torch
 from tqdm import tqdm
 
 from sglang.attention.base import AttentionBackend
-from sglang.worker.rows import RowState, StepArrays
+from sglang.worker.rows import NUM_PARAMS, RowState, StepArrays
+from sglang.worker.staging import Staging
 
 MAX_PREFILL_TOKENS = 9216
 PREFILL_ROWS = 16
@@ -33,9 +34,10 @@ def longest_worthwhile(weights_per_layer: int) -> int:
 
 @dataclass
 class DecodeInputs:
-    """int32 [n] each: rows, their lengths with the new token, its position, its KV slot, and where
-    that goes in the flat slot table."""
+    """int32: sampling parameters [NUM_PARAMS * n], and [n] each: rows, their lengths with the new
+    token, its position, its KV slot, and where that goes in the flat slot table."""
 
+    params: torch.Tensor
     rows: torch.Tensor
     kv_lens: torch.Tensor
     positions: torch.Tensor
@@ -45,10 +47,12 @@ class DecodeInputs:
 
 @dataclass
 class PrefillInputs:
-    """int32. Of T tokens: their ids (-1: the row's last token), rows, positions, KV slots and where
-    these go in the flat slot table. Of n rows: as above, the last token of each, and, if any may
-    decode, the lengths of those that do (0: it does not)."""
+    """int32. Of n rows, their sampling parameters. Of T tokens: their ids (-1: the row's last
+    token), rows, positions, KV slots and where these go in the flat slot table. Of n rows: as
+    above, the last token of each, and, if any may decode, the lengths of those that do (0: it does
+    not)."""
 
+    params: torch.Tensor  # [NUM_PARAMS * n]
     ids: torch.Tensor  # [T]
     owners: torch.Tensor  # [T]
     positions: torch.Tensor  # [T]
@@ -65,8 +69,6 @@ class PrefillInputs:
 class GraphOutputs:
     """Of all rows, sampled or not."""
 
-    rows: torch.Tensor  # int32 [n]
-    kv_lens: torch.Tensor  # int32 [n]
     logits: torch.Tensor  # [n, V] of this rank
     tokens: torch.Tensor  # int32 [n]
 
@@ -130,11 +132,10 @@ class StepGraphs:
         self._decode = Family(decode, DecodeInputs, self._decode_arrays, decode_sizes(max_rows))
         self._prefill = Family(prefill, PrefillInputs, self._prefill_arrays, fine)
         self._mixed = Family(prefill, PrefillInputs, self._mixed_arrays, coarse)
-        self._inputs = torch.zeros(
-            5 * max(max_rows, longest) + 5 * max_rows + 1,
-            dtype=torch.int32,
-            device=state.slot_table.device,
-        )
+        device = state.slot_table.device
+        size = 5 * max(max_rows, longest) + (5 + NUM_PARAMS) * max_rows + 1
+        self._inputs = torch.zeros(size, dtype=torch.int32, device=device)
+        self._staging = Staging(size)
         self._pool = None
         families = (self._prefill, self._mixed, self._decode)
         with tqdm(
@@ -157,7 +158,7 @@ class StepGraphs:
         arrays = family.arrays(StepArrays.empty(), size)
         sizes = [len(array) for array in arrays]
         inputs = family.inputs_class(*self._inputs[: sum(sizes)].split(sizes))
-        self._upload(arrays)
+        self._staging.copy(arrays, self._inputs)
         family.run(inputs)  # compiles kernels and allocates workspaces, outside the capture
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
@@ -182,22 +183,16 @@ class StepGraphs:
         size = family.at_least(num_tokens)
         if family is self._decode:
             self._attention.plan_decode(step.kv_lens, size)
-        self._upload(family.arrays(step, size))
+        self._staging.copy(family.arrays(step, size), self._inputs)
         graph, outputs = family.graphs[size]
         graph.replay()
         return outputs
-
-    def _upload(self, arrays: list[np.ndarray]) -> None:
-        # A fresh pinned buffer a step: an earlier one may still be in its copy.
-        size = sum(len(array) for array in arrays)
-        host = torch.empty(size, dtype=torch.int32, pin_memory=True)
-        np.concatenate(arrays, out=host.numpy())
-        self._inputs[:size].copy_(host, non_blocking=True)
 
     def _decode_arrays(self, step: StepArrays, size: int) -> list[np.ndarray]:
         """DecodeInputs of `size` rows; those beyond the step's are padding."""
         pad, pad_at = self._state.num_rows, self._state.num_rows * self._state.max_len
         return [
+            _fill_params(step.params, size),
             _fill(step.rows, size, pad),
             _fill(step.kv_lens, size, 0),
             _fill(step.positions, size, 0),
@@ -226,6 +221,7 @@ class StepGraphs:
         starts[0] = 0
         starts[1 : len(ends) + 1] = ends
         return [
+            _fill_params(step.params, num_rows),
             ids,
             _fill(np.repeat(step.rows, step.q_lens), size, pad),
             _fill(step.positions, size, 0),
@@ -236,6 +232,12 @@ class StepGraphs:
             _fill(ends - 1, num_rows, 0),
             starts,
         ]
+
+
+def _fill_params(params: np.ndarray, num_rows: int) -> np.ndarray:
+    out = np.zeros((NUM_PARAMS, num_rows), dtype=np.int32)  # padding is greedy
+    out[:, : params.shape[1]] = params
+    return out.reshape(-1)
 
 
 def _fill(values: np.ndarray, size: int, padding: int) -> np.ndarray:

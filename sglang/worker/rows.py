@@ -7,6 +7,7 @@ lets a step be launched before the one before it has ended.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,8 +15,9 @@ import torch
 
 from sglang.messages import RowSpec, StepPlan, unpack
 
-NUM_PARAMS = 6
-"""Sampling parameters of a row: temperature, top_p, min_p (float32 bits), top_k, seed, unused."""
+NUM_PARAMS = 5
+"""Sampling parameters of a row: temperature, top_p, min_p (float32 bits), top_k, seed."""
+_NONE = np.empty(0, dtype=np.int32)
 
 
 @dataclass
@@ -32,8 +34,7 @@ class StepArrays:
     sample_at: np.ndarray  # [s] tokens whose logits are sampled
     sample_of: np.ndarray  # [s] index into rows
     grown_at: np.ndarray  # [T] into the flat slot table the slots go
-    opened: np.ndarray  # [o] rows
-    params: np.ndarray  # [NUM_PARAMS, o]
+    params: np.ndarray  # [NUM_PARAMS, n]
     cached_at: np.ndarray  # [c] into the flat slot table...
     cached_slots: np.ndarray  # [c] ...the slots of the opened rows' cached prefixes go
     masked: np.ndarray  # [m] index into sample_of
@@ -41,12 +42,10 @@ class StepArrays:
 
     @classmethod
     def empty(cls) -> StepArrays:
-        none = np.empty(0, dtype=np.int32)
-        params = np.empty((NUM_PARAMS, 0), dtype=np.int32)
-        masks = np.empty((0, 0), dtype=np.int32)
+        no_params, no_masks = np.empty((NUM_PARAMS, 0), dtype=np.int32), _NONE.reshape(0, 0)
         return cls(
-            0, none, none, none, none, none, none, none, none, none, none, params, none, none,
-            none, masks,
+            0, _NONE, _NONE, _NONE, _NONE, _NONE, _NONE, _NONE, _NONE, _NONE, no_params, _NONE,
+            _NONE, _NONE, no_masks,
         )  # fmt: skip
 
 
@@ -60,38 +59,33 @@ class RowState:
         shape = (num_rows + 1, max_len)
         self.slot_table = torch.zeros(shape, dtype=torch.int32, device=device)
         self.last_token = torch.zeros(num_rows + 1, dtype=torch.int32, device=device)
-        self.params = torch.zeros((NUM_PARAMS, num_rows + 1), dtype=torch.int32, device=device)
-        self.seq_len = np.zeros(num_rows + 1, dtype=np.int32)  # tokens whose KV exists
+        self._seq_len = np.zeros(num_rows + 1, dtype=np.int32)  # tokens whose KV exists
+        self._params = np.zeros((NUM_PARAMS, num_rows + 1), dtype=np.int32)
 
     def advance(self, plan: StepPlan, payload: bytes) -> StepArrays:
-        """Reads a plan (StepPlan's docstring draws its payload) and moves `seq_len` past it."""
+        """Reads a plan (StepPlan's docstring draws its payload) and moves the rows past it."""
         d, num_prefill = plan.num_decode, plan.num_rows - plan.num_decode
-        opened = np.array([spec.row for spec in plan.opened], dtype=np.int32)
-        cached_lens = np.array([spec.cached_len for spec in plan.opened], dtype=np.int32)
-        num_masked = len(plan.masked)
+        cached_at = self._open(plan.opened) if plan.opened else _NONE
         rows, chunk_lens, samples, slots, cached_slots, prefill_ids, masks = _split(
             unpack(payload),
             plan.num_rows,
             num_prefill,
             num_prefill,
             d + plan.num_prefill_tokens,
-            int(cached_lens.sum()),
+            len(cached_at),
             plan.num_prefill_tokens,
         )
-        self.seq_len[opened] = cached_lens
-        before = self.seq_len[rows]
-        q_lens = np.ones(plan.num_rows, dtype=np.int32)
-        q_lens[d:] = chunk_lens
-        self.seq_len[rows] = kv_lens = before + q_lens
+        before = self._seq_len[rows]
         if num_prefill:
-            positions = _ranges(before, q_lens)
-            owners = np.repeat(rows, q_lens)
-            sample_of = np.concatenate([np.arange(d), d + np.flatnonzero(samples)])
-            sample_at = np.cumsum(q_lens)[sample_of] - 1
+            q_lens = np.concatenate((np.ones(d, dtype=np.int32), chunk_lens))
+            positions, owners = _ranges(before, q_lens), np.repeat(rows, q_lens)
+            sample_of = np.concatenate((np.arange(d), d + np.flatnonzero(samples)))
+            sample_at = (np.cumsum(q_lens)[sample_of] - 1).astype(np.int32)
         else:
+            q_lens = np.ones(d, dtype=np.int32)
             positions, owners = before, rows
-            sample_of = sample_at = np.arange(d)
-        grown_at = owners * np.int32(self.max_len) + positions
+            sample_of = sample_at = np.arange(d, dtype=np.int32)
+        self._seq_len[rows] = kv_lens = before + q_lens
         return StepArrays(
             num_decode=d,
             rows=rows,
@@ -100,22 +94,30 @@ class RowState:
             positions=positions,
             slots=slots,
             prefill_ids=prefill_ids,
-            sample_at=sample_at.astype(np.int32),
-            sample_of=sample_of.astype(np.int32),
-            grown_at=grown_at,
-            opened=opened,
-            params=_params(plan.opened),
-            cached_at=_ranges(opened * np.int32(self.max_len), cached_lens),
+            sample_at=sample_at,
+            sample_of=sample_of.astype(np.int32, copy=False),
+            grown_at=owners * np.int32(self.max_len) + positions,
+            params=self._params.take(rows, axis=1),
+            cached_at=cached_at,
             cached_slots=cached_slots,
-            masked=np.array(plan.masked, dtype=np.int32),
-            masks=masks.reshape(num_masked, len(masks) // max(num_masked, 1)),
+            masked=np.array(plan.masked, dtype=np.int32) if plan.masked else _NONE,
+            masks=masks.reshape(len(plan.masked), -1) if plan.masked else masks.reshape(0, 0),
         )
+
+    def _open(self, specs: list[RowSpec]) -> np.ndarray:
+        """Sets lengths and parameters; returns where the cached slots go in the slot table."""
+        rows = np.array([spec.row for spec in specs], dtype=np.int32)
+        cached_lens = np.array([spec.cached_len for spec in specs], dtype=np.int32)
+        self._seq_len[rows] = cached_lens
+        self._params[:, rows] = _params(specs)
+        return _ranges(rows * np.int32(self.max_len), cached_lens)
 
 
 def _split(data: np.ndarray, *sizes: int) -> list[np.ndarray]:
     """The parts of these sizes, and what is left."""
-    assert len(data) >= sum(sizes), "the payload belies its header"
-    return np.split(data, np.cumsum(sizes))
+    ends = list(itertools.accumulate(sizes))
+    assert len(data) >= ends[-1], "the payload belies its header"
+    return [data[start:end] for start, end in zip([0, *ends], [*ends, None], strict=True)]
 
 
 def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -126,8 +128,8 @@ def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 def _params(specs: list[RowSpec]) -> np.ndarray:
     floats = np.array([(s.temperature, s.top_p, s.min_p) for s in specs], dtype=np.float32)
-    params = np.zeros((NUM_PARAMS, len(specs)), dtype=np.int32)
-    params[:3] = floats.reshape(-1, 3).T.view(np.int32) if len(specs) else 0
+    params = np.empty((NUM_PARAMS, len(specs)), dtype=np.int32)
+    params[:3] = floats.T.view(np.int32)
     params[3] = [s.top_k for s in specs]
     params[4] = np.array([s.seed for s in specs], dtype=np.uint32).view(np.int32)
     return params

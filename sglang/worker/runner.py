@@ -26,7 +26,7 @@ from sglang.worker.graphs import (
 from sglang.worker.kv_pool import KVPool, num_slots_that_fit
 from sglang.worker.parallel import TensorParallel
 from sglang.worker.prompt_logprobs import PromptScorer, ScoredSpan
-from sglang.worker.rows import RowState, StepArrays
+from sglang.worker.rows import NUM_PARAMS, RowState, StepArrays
 from sglang.worker.sampler import Masks, RowLogprobs, Sampler, draw
 from sglang.worker.warm_up import warm_up
 
@@ -167,17 +167,14 @@ class ModelRunner:
         return self._send_home(plan.step, tokens, logprobs)
 
     def _open(self, specs: list[RowSpec], step: StepArrays) -> None:
-        """Rows get their sampling parameters and the slots of their cached prefixes."""
+        """Rows get the slots of their cached prefixes, and tell what they want."""
         for spec in specs:
             self.sampler.open(spec)
             self.prompt_scorer.open(spec)
             self.pooler.open(spec)
-        opened, params, cached_at, cached_slots = self._to_device(
-            step.opened, step.params.reshape(-1), step.cached_at, step.cached_slots
-        )
-        self.rows.params.index_copy_(1, opened.long(), params.view(step.params.shape))
-        if len(cached_at):
-            self.rows.slot_table.view(-1).index_copy_(0, cached_at.long(), cached_slots)
+        if len(step.cached_at):
+            cached_at, slots = self._to_device(step.cached_at, step.cached_slots)
+            self.rows.slot_table.view(-1).index_copy_(0, cached_at.long(), slots)
 
     def _run(self, step: StepArrays) -> tuple[torch.Tensor, RowLogprobs | None, torch.Tensor]:
         """A step without a graph -> (tokens, logprobs, hidden states [T, H])."""
@@ -188,10 +185,11 @@ class ModelRunner:
         sampled_lens = step.kv_lens[step.sample_of]
         (
             row_ids, kv_lens, positions, slots, prefill_ids, q_starts, grown_at,
-            sample_at, sample_rows, sample_positions,
+            sample_at, sample_rows, sample_positions, params,
         ) = self._to_device(
             step.rows, step.kv_lens, step.positions, step.slots, step.prefill_ids, starts,
             step.grown_at, step.sample_at, sampled, sampled_lens,
+            step.params[:, step.sample_of].reshape(-1),
         )  # fmt: skip
         rows.slot_table.view(-1).index_copy_(0, grown_at.long(), slots)
         input_ids = prefill_ids
@@ -218,7 +216,7 @@ class ModelRunner:
         if len(sampled) == 0:
             return sample_rows, None, hidden
         last = hidden if len(sampled) == len(hidden) else hidden.index_select(0, sample_at)
-        params = rows.params.index_select(1, sample_rows)
+        params = params.view(NUM_PARAMS, -1)
         head, logprobs = self.model.lm_head, None
         logits = head(last)
         if self.sampler.is_plain(sampled) and len(step.masked) == 0:
@@ -263,7 +261,7 @@ class ModelRunner:
                 kv_cache=self.kv_cache,
             )
         )
-        return self._draw(hidden, inputs.rows, inputs.kv_lens)
+        return self._draw(hidden, inputs.rows, inputs.kv_lens, inputs.params)
 
     @torch.inference_mode()
     def _prefill(self, inputs: PrefillInputs) -> GraphOutputs:
@@ -289,30 +287,37 @@ class ModelRunner:
                 kv_cache=self.kv_cache,
             )
         )
-        return self._draw(hidden.index_select(0, inputs.last), inputs.rows, inputs.kv_lens)
+        last = hidden.index_select(0, inputs.last)
+        return self._draw(last, inputs.rows, inputs.kv_lens, inputs.params)
 
     def _draw(
-        self, hidden: torch.Tensor, rows: torch.Tensor, kv_lens: torch.Tensor
+        self,
+        hidden: torch.Tensor,
+        rows: torch.Tensor,
+        kv_lens: torch.Tensor,
+        params: torch.Tensor,
     ) -> GraphOutputs:
         """A token for each row. What a row draws in the midst of its prompt is never used."""
         head = self.model.lm_head
         logits = head(hidden)
-        tokens = draw(logits, head, self.rows.params.index_select(1, rows), kv_lens)
+        tokens = draw(logits, head, params.view(NUM_PARAMS, -1), kv_lens)
         self.rows.last_token.index_copy_(0, rows.long(), tokens)
-        return GraphOutputs(rows, kv_lens, logits, tokens)
+        return GraphOutputs(logits, tokens)
 
     def _sample_again(
         self, step: StepArrays, outputs: GraphOutputs
     ) -> tuple[torch.Tensor, RowLogprobs | None]:
         """Some rows ask for more than a graph does: draw from its logits anew."""
-        (at,) = self._to_device(step.sample_of)
-        rows = outputs.rows.index_select(0, at)
+        sampled, lens = step.rows[step.sample_of], step.kv_lens[step.sample_of]
+        at, rows, positions, params = self._to_device(
+            step.sample_of, sampled, lens, step.params[:, step.sample_of].reshape(-1)
+        )
         tokens, logprobs = self.sampler(
             self.model.lm_head.gather(outputs.logits.index_select(0, at)),
-            step.rows[step.sample_of],
-            step.kv_lens[step.sample_of],
-            self.rows.params.index_select(1, rows),
-            outputs.kv_lens.index_select(0, at),
+            sampled,
+            lens,
+            params.view(NUM_PARAMS, -1),
+            positions,
             self._masks(step),
         )
         self.rows.last_token.index_copy_(0, rows.long(), tokens)

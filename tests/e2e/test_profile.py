@@ -42,12 +42,14 @@ def test_a_server_writes_a_trace_with_a_lane_for_each_thread(server: Server, tmp
     with open(trace) as file:
         lanes = spans_of(json.load(file))
     assert set(lanes) >= {"router", "launch"}
-    assert {"plan", "send", "commit", "receive"} <= {e["name"] for e in lanes["router"]}
+    assert {"plan", "send", "take in", "put away", "receive"} <= {
+        e["name"] for e in lanes["router"]
+    }
     launches = of(lanes["launch"], "launch")
     assert len(launches) >= 20
     for step, launch in launches.items():
         assert end(of(lanes["router"], "plan")[step]) <= launch["ts"]
-        assert end(launch) <= of(lanes["router"], "commit")[step]["ts"]
+        assert end(launch) <= of(lanes["router"], "take in")[step]["ts"]
     for before, after in pairwise(lanes["launch"]):
         assert end(before) <= after["ts"] + 1e-3, "a thread does one thing at a time"
 
@@ -72,7 +74,7 @@ def test_a_step_is_planned_before_the_one_before_it_is_known_if_and_only_if_they
             lanes = spans_of(json.load(file))
         with pytest.raises(ValueError):
             llm.stop_profile()
-    sent, known = of(lanes["router"], "send"), of(lanes["router"], "commit")
+    sent, known = of(lanes["router"], "send"), of(lanes["router"], "take in")
     overlapping = [end(sent[n + 1]) <= known[n]["ts"] for n in known if n + 1 in sent]
     assert len(overlapping) >= 20
     assert sum(overlapping) >= len(overlapping) - 4 if depth == 2 else not any(overlapping)

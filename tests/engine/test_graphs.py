@@ -38,13 +38,20 @@ class RunGraphs(StepGraphs):
         arrays = family.arrays(StepArrays.empty(), size)
         sizes = [len(array) for array in arrays]
         inputs = family.inputs_class(*self._inputs[: sum(sizes)].split(sizes))
-        self._upload(arrays)
+        self._staging.copy(arrays, self._inputs)
         outputs = family.run(inputs)
         return Uncaptured(family.run, inputs, outputs), outputs
 
-    def _upload(self, arrays):
+
+class Unpinned:
+    """In Staging's place."""
+
+    def __init__(self, size: int) -> None:
+        pass
+
+    def copy(self, arrays, to):
         flat = torch.cat([torch.from_numpy(array) for array in arrays])
-        self._inputs[: len(flat)] = flat
+        to[: len(flat)] = flat
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +103,8 @@ def run(engine: InProcessEngine, requests: list[GenerateRequest]) -> dict[int, l
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_steps_in_graphs_give_the_tokens_of_steps_without(engine, seed):
+def test_steps_in_graphs_give_the_tokens_of_steps_without(engine, seed, monkeypatch):
+    monkeypatch.setattr("sglang.worker.graphs.Staging", Unpinned)
     runner = engine.runner
     expected = run(engine, workload(seed))
     runner.graphs = RunGraphs(
