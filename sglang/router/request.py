@@ -133,6 +133,8 @@ class Rows:
         """Tokens known when the row opened, or when a grammar last forced some."""
         self.planned = column()
         """Tokens whose KV is written once the steps sent so far have ended."""
+        self.shared = column()
+        """Of these, at the beginning, slots that the tree held when the row opened."""
         self.admission = column(np.int64)
         """Running requests were admitted in this order; the last one is preempted first."""
         self.flying = column()
@@ -172,7 +174,7 @@ class Rows:
         self.tokens[row, :n] = request.tokens
         self.slots[row, : len(cached_slots)] = cached_slots
         self.known[row] = self.prefill_len[row] = n
-        self.planned[row] = len(cached_slots)
+        self.planned[row] = self.shared[row] = len(cached_slots)
         self.flying[row] = 0
         self.limit[row] = request.limit
         self.handle[row] = request.handle

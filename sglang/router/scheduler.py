@@ -195,7 +195,7 @@ class Scheduler:
         if not (len(self.waiting) and self.rows.num_free and budget > 0):
             return []
         claims = self._claims()
-        reserved = self._reserved_tokens()
+        forecast = self._future.forecast(self.rows)
         admitted: list[Request] = []
         for request in self.waiting.candidates(self.cache):
             if not self.rows.num_free or budget <= 0:
@@ -206,16 +206,9 @@ class Scheduler:
                 continue
             slots, node = self.cache.match(reusable)
             self.cache.lock(node)
-            need = (
-                len(request.tokens)
-                - cached
-                + self._future.ratio * (request.limit - len(request.tokens))
-            )
-            room = self.allocator.num_free + self.cache.num_evictable - reserved
-            if need > room:
+            if not forecast.join(request, cached, self._num_available()):
                 self.cache.unlock(node)
                 break  # not the next smaller one instead: large requests must not starve
-            reserved += need
             budget -= len(request.tokens) - cached
             request.node, request.cached = node, cached
             if not self.cache.disabled:
@@ -234,13 +227,9 @@ class Scheduler:
                 claims.add(request.tokens, request.cached)
         return claims
 
-    def _reserved_tokens(self) -> float:
-        """Slots that running requests will still take, by estimate."""
-        rows = self.rows
-        running = rows.running()
-        prompt = np.maximum(rows.prefill_len - rows.planned, 0)[running].sum()
-        output = (rows.limit - rows.known)[running].sum()
-        return float(prompt + self._future.ratio * output)
+    def _num_available(self) -> int:
+        """Slots that are free, or can be made free by forgetting what no request uses."""
+        return self.allocator.num_free + self.cache.num_evictable
 
     def _open(self, builder: PlanBuilder, request: Request, cached_slots: np.ndarray) -> None:
         row = self.rows.open_row(request, cached_slots)
@@ -437,11 +426,10 @@ class Scheduler:
     # --- figures -----------------------------------------------------------------------------
 
     def stats(self) -> Stats:
-        free = self.allocator.num_free + self.cache.num_evictable
         return Stats(
             running=int(self.rows.open.sum()),
             queued=len(self.waiting),
-            used_tokens=self.allocator.num_slots - free,
+            used_tokens=self.allocator.num_slots - self._num_available(),
             cached_tokens=self.cache.num_tokens,
             max_total_tokens=self.allocator.num_slots,
             steps=self._steps,
