@@ -15,12 +15,14 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sglang.kernels.int4_gemv import MAX_TOKENS, int4_fused_linear_triton
 from sglang.kernels.int4_weight import (
     BLOCK,
     Int4Weight,
     dequantize_int4_naive,
+    dequantize_words,
     scale_and_zero,
     unpack_nibbles,
 )
@@ -59,19 +61,31 @@ class DotConfig:
     """Of the inputs, over programs."""
     num_warps: int
     num_stages: int
+    block_k: int = 128
+    """64 where a group is no multiple of it."""
+
+
+@triton.jit
+def _ended(acc, ASM: tl.constexpr):
+    """The same sums, of which an empty instruction makes use. Triton would otherwise leave a
+    product in flight while the next weights are dequantized, which ptxas forbids by waiting for
+    each single matrix instruction (its note C7515)."""
+    if ASM:
+        return tl.inline_asm_elementwise("", "=f,0", [acc], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        return acc
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def _dot_kernel(
-    x_ptr,  # [T, K]
-    packed_ptr,
+    x,  # a descriptor of [T, K], tiles of [BLOCK_M, BLOCK_K]
+    words_ptr,  # int16 [N, K / 4]
     scales_ptr,
     bias_ptr,
     out_ptr,  # [T, N]
     partial_ptr,  # float32 [SPLITS, T, N]
     arrived_ptr,  # int32, zero
     num_tokens,
-    x_stride,
     N,
     K,
     GROUP: tl.constexpr,
@@ -81,56 +95,36 @@ def _dot_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    EVEN_K: tl.constexpr,  # K is a multiple of BLOCK_K
     NUM_STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
     launch_next(PDL)
     wait_for_previous(PDL)
-    ROW = (K + 63) // 64 * 32  # bytes
-    steps = (ROW * 2 + BLOCK_K - 1) // BLOCK_K
+    ROW = (K + 63) // 64 * 16  # words
+    steps = (ROW * 4 + BLOCK_K - 1) // BLOCK_K
     each = (steps + SPLITS - 1) // SPLITS
-    ONE_GROUP: tl.constexpr = GROUP % BLOCK_K == 0
-    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    DTYPE: tl.constexpr = out_ptr.dtype.element_ty
     tiles_m = (num_tokens + BLOCK_M - 1) // BLOCK_M
     tile_m, tile_n = tile_of(tl.program_id(0), tiles_m, (N + BLOCK_N - 1) // BLOCK_N)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(1)
-    m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     safe_n = tl.where(n < N, n, 0)
-    in_m = m < num_tokens
-    j = tl.arange(0, BLOCK_K // 2)
-    k = j // 32 * 64 + j % 32  # of the low nibbles
-    packed_ptrs = packed_ptr + safe_n.to(tl.int64)[:, None] * ROW + j[None, :]
-    x_ptrs = x_ptr + m[None, :] * x_stride + k[:, None]
+    word_ptrs = words_ptr + safe_n.to(tl.int64)[:, None] * ROW + tl.arange(0, BLOCK_K // 4)[None, :]
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for step in tl.range(split * each, min(split * each + each, steps), num_stages=NUM_STAGES):
         k0 = step * BLOCK_K
-        packed = tl.load(packed_ptrs + k0 // 2)
-        if EVEN_K:
-            x_low = tl.load(x_ptrs + k0, mask=in_m[None, :], other=0.0)
-            x_high = tl.load(x_ptrs + k0 + 32, mask=in_m[None, :], other=0.0)
-        else:
-            mask = in_m[None, :] & (k0 + k < K)[:, None]
-            x_low = tl.load(x_ptrs + k0, mask=mask, other=0.0)
-            mask = in_m[None, :] & (k0 + k + 32 < K)[:, None]
-            x_high = tl.load(x_ptrs + k0 + 32, mask=mask, other=0.0)
-        at = k0 // GROUP * N + safe_n
-        scale, zero = scale_and_zero(tl.load(scales_ptr + at))
-        z = tl.broadcast_to(zero[:, None], (BLOCK_N, BLOCK_K // 2))
-        if ONE_GROUP:
-            low, high = unpack_nibbles(packed, z, z, DTYPE, ASM)
-            part = tl.dot(low, x_low)
-            part = tl.dot(high, x_high, part)
-            acc += part * scale[:, None]
-        else:  # groups of 32: a block's low nibbles are one group's, its high ones the next one's
-            at = tl.minimum((k0 + 32) // GROUP, (K - 1) // GROUP) * N + safe_n
-            high_scale, high_zero = scale_and_zero(tl.load(scales_ptr + at))
-            high_z = tl.broadcast_to(high_zero[:, None], (BLOCK_N, BLOCK_K // 2))
-            low, high = unpack_nibbles(packed, z, high_z, DTYPE, ASM)
-            acc += tl.dot(low, x_low) * scale[:, None]
-            acc += tl.dot(high, x_high) * high_scale[:, None]
+        words = tl.load(word_ptrs + k0 // 4)
+        inputs = x.load([tile_m * BLOCK_M, k0])  # zeros behind the last token and the last input
+        scales = tl.load(scales_ptr + k0 // GROUP * N + safe_n)
+        high_scales = scales
+        if GROUP % BLOCK_K:  # a block's low nibbles may be one group's, its high ones the next's
+            group = tl.minimum((k0 + 32) // GROUP, (K - 1) // GROUP)
+            high_scales = tl.load(scales_ptr + group * N + safe_n)
+        weights = dequantize_words(words, scales, high_scales, DTYPE, ASM)
+        acc = _ended(tl.dot(weights, inputs.T, acc), ASM)
 
+    m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    in_m = m < num_tokens
     at = m[None, :] * N + n[:, None]
     mask = in_m[None, :] & (n < N)[:, None]
     if SPLITS > 1:
@@ -142,19 +136,15 @@ def _dot_kernel(
 
 
 def choose_config(num_tokens: int, n: int, k: int) -> DotConfig:
-    """The quickest on an H100 at the shapes of Llama-2-7B."""
-    block_m = min(max(triton.next_power_of_2(num_tokens), 8), 128)
-    tiles = triton.cdiv(n, 64) * triton.cdiv(num_tokens, block_m)
-    if block_m == 8:
-        splits = min(triton.next_power_of_2(triton.cdiv(1024, tiles)), 16, _power_below(k // 512))
-        return DotConfig(8, 64, splits, num_warps=4, num_stages=3)
-    if block_m <= 32:
-        block_n, splits = (128, 4) if n > 8192 else (64, min(8, _power_below(k // 512)))
-        return DotConfig(block_m, block_n, splits, num_warps=4, num_stages=3)
-    if block_m == 64 and n <= 4096:
-        return DotConfig(64, 128, min(4, _power_below(k // 512)), num_warps=8, num_stages=4)
-    splits = min(_power_below(384 // tiles), 4, _power_below(k // 512))
-    return DotConfig(block_m, 64, splits, num_warps=4, num_stages=3)
+    """The quickest on an H100 at the shapes of Llama-2-7B: 64 outputs a program, and so many splits
+    that an SM has as many programs as fit."""
+    block_m = min(max(triton.next_power_of_2(num_tokens), 16), 256)
+    block_n = 128 if block_m == 32 and n > 8192 else 64
+    programs = {16: 1024, 32: 512, 64: 400}.get(block_m, 300)
+    tiles = triton.cdiv(n, block_n) * triton.cdiv(num_tokens, block_m)
+    splits = min(_power_below(programs // tiles), 16, _power_below(k // 512))
+    stages = 4 if (block_m, block_n) == (32, 64) else 3
+    return DotConfig(block_m, block_n, splits, 4, stages, block_k=64 if block_m == 256 else 128)
 
 
 def _power_below(x: int) -> int:
@@ -172,14 +162,15 @@ def int4_dot_triton(
     out = torch.empty(num_tokens, n, dtype=x.dtype, device=x.device)
     if num_tokens == 0:
         return out
-    if x.stride(1) != 1:
-        x = x.contiguous()
+    if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:  # what descriptors can't
+        x = x.clone(memory_format=torch.contiguous_format)
     config = config or choose_config(num_tokens, n, w.num_inputs)
-    block_k = 128 if w.group_size % 128 == 0 and w.packed.shape[1] % 64 == 0 else 64
+    block_k = config.block_k if w.group_size % 128 == 0 and w.packed.shape[1] % 64 == 0 else 64
     tiles = triton.cdiv(n, config.block_n) * triton.cdiv(num_tokens, config.block_m)
     partial, arrived = split_k_workspace(config.splits, num_tokens, n, x.device)
     _dot_kernel[(tiles, config.splits)](
-        x, w.packed, w.scales, bias, out, partial, arrived, num_tokens, x.stride(0),
+        TensorDescriptor(x, list(x.shape), list(x.stride()), [config.block_m, block_k]),
+        w.packed.view(torch.int16), w.scales, bias, out, partial, arrived, num_tokens,
         N=n,
         K=w.num_inputs,
         GROUP=w.group_size,
@@ -189,7 +180,6 @@ def int4_dot_triton(
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=block_k,
-        EVEN_K=w.num_inputs % block_k == 0,
         NUM_STAGES=config.num_stages,
         num_warps=config.num_warps,
         **pdl(x.device),

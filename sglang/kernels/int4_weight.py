@@ -138,3 +138,95 @@ def unpack_nibbles(packed, zero_low, zero_high, DTYPE: tl.constexpr, ASM: tl.con
         low = ((packed & 15).to(tl.float32) - zero_low).to(DTYPE)
         high = ((packed >> 4).to(tl.float32) - zero_high).to(DTYPE)
     return low, high
+
+
+# The same of two bytes, which hold two pairs of weights, and times a scale. A pair stays in one
+# register, as tensor cores want it, so there is nothing to shuffle.
+_PAIRS_FLOAT16_ASM = tl.constexpr("""{
+.reg .b32 a, k, t;
+.reg .b16 h;
+mov.b32 k, 0x64006400;
+prmt.b32 a, $2, 0, 0x4140;
+lop3.b32 $0, a, 0x000f000f, k, 0xea;
+lop3.b32 $1, a, 0x00f000f0, k, 0xea;
+mov.b32 k, 0x2c002c00;
+mov.b32 {h, _}, $3;
+mov.b32 t, {h, h};
+add.rn.f16x2 $0, $0, t;
+mov.b32 {h, _}, $4;
+mov.b32 t, {h, h};
+fma.rn.f16x2 $1, $1, k, t;
+mov.b32 {h, _}, $5;
+mov.b32 t, {h, h};
+mul.rn.f16x2 $0, $0, t;
+mov.b32 {h, _}, $6;
+mov.b32 t, {h, h};
+mul.rn.f16x2 $1, $1, t;
+}""")
+_PAIRS_BFLOAT16_ASM = tl.constexpr("""{
+.reg .b32 a, b, k, t;
+.reg .b16 h;
+mov.b32 k, 0x43004300;
+prmt.b32 a, $2, 0, 0x4140;
+shr.b32 b, a, 4;
+lop3.b32 $0, a, 0x000f000f, k, 0xea;
+lop3.b32 $1, b, 0x000f000f, k, 0xea;
+mov.b32 k, 0x3f803f80;
+mov.b32 {h, _}, $3;
+mov.b32 t, {h, h};
+fma.rn.bf16x2 $0, $0, k, t;
+mov.b32 {h, _}, $4;
+mov.b32 t, {h, h};
+fma.rn.bf16x2 $1, $1, k, t;
+mov.b32 k, 0x80008000;
+mov.b32 {h, _}, $5;
+mov.b32 t, {h, h};
+fma.rn.bf16x2 $0, $0, t, k;
+mov.b32 {h, _}, $6;
+mov.b32 t, {h, h};
+fma.rn.bf16x2 $1, $1, t, k;
+}""")
+
+
+@triton.jit
+def _halves(pairs, DTYPE: tl.constexpr):
+    """int32 [N, W] -> [N, W, 2]."""
+    first = pairs.to(tl.int16).to(DTYPE, bitcast=True)
+    second = (pairs >> 16).to(tl.int16).to(DTYPE, bitcast=True)
+    return tl.join(first, second)
+
+
+@triton.jit
+def dequantize_words(words, scales, high_scales, DTYPE: tl.constexpr, ASM: tl.constexpr):
+    """int16 [N, K / 4], two bytes each; from pack_scales, int32 [N], those of the low nibbles and
+    those of the high ones -> weights [N, K]. 16-bit types are multiplied with a scale of the type.
+    """
+    SHAPE: tl.constexpr = words.shape
+    scale, zero = scale_and_zero(scales[:, None])
+    high_scale, high_zero = scale_and_zero(high_scales[:, None])
+    if ASM and (tl.float16 == DTYPE or tl.bfloat16 == DTYPE):
+        HALF: tl.constexpr = tl.float16 == DTYPE
+        low, high = tl.inline_asm_elementwise(
+            _PAIRS_FLOAT16_ASM if HALF else _PAIRS_BFLOAT16_ASM,
+            "=&r,=&r,r,r,r,r,r",
+            [
+                words,
+                tl.broadcast_to(((-1024.0 if HALF else -128.0) - zero).to(DTYPE), SHAPE),
+                tl.broadcast_to(((-64.0 if HALF else -128.0) - high_zero).to(DTYPE), SHAPE),
+                tl.broadcast_to(scale.to(DTYPE), SHAPE),
+                tl.broadcast_to(high_scale.to(DTYPE), SHAPE),
+            ],
+            dtype=(tl.int32, tl.int32),
+            is_pure=True,
+            pack=1,
+        )
+        low, high = _halves(low, DTYPE), _halves(high, DTYPE)
+    else:
+        w = words.to(tl.int32)
+        low = tl.join((w & 15).to(tl.float32), (w >> 8 & 15).to(tl.float32))
+        high = tl.join((w >> 4 & 15).to(tl.float32), (w >> 12 & 15).to(tl.float32))
+        low = ((low - zero[:, :, None]) * scale[:, :, None]).to(DTYPE)
+        high = ((high - high_zero[:, :, None]) * high_scale[:, :, None]).to(DTYPE)
+    low = low.reshape(SHAPE[0], SHAPE[1] // 16, 32)
+    high = high.reshape(SHAPE[0], SHAPE[1] // 16, 32)
+    return tl.join(low, high).permute(0, 1, 3, 2).reshape(SHAPE[0], SHAPE[1] * 4)
