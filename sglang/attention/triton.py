@@ -38,10 +38,9 @@ class TritonAttention(AttentionBackend):
                 rows, decode_lens, scale, window, out[: len(rows)],
             )  # fmt: skip
         if d < num_tokens:
-            q_lens = batch.q_lens_host
             extend_attention(
                 q[d:], k[d:], v[d:], k_cache, v_cache, batch.slot_table,
                 batch.rows[d:], batch.q_starts, batch.kv_lens[d:], scale, window,
-                num_tokens - d if q_lens is None else int(q_lens[d:].max()), out[d:],
+                batch.max_q_len, out[d:],
             )  # fmt: skip
         return out.view(num_tokens, -1)

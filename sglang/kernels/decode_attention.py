@@ -98,17 +98,19 @@ def decode_config(
     sms = torch.cuda.get_device_properties(device).multi_processor_count
     # About two programs an SM; with many rows, further splits only for those that are very long.
     fill = max(2 * sms // (num_rows * num_kv_heads), 1)
-    block_n, num_stages = (128, 2) if fill == 1 else (64, 3)
-    if dtype.itemsize == 1:
-        block_n, num_stages = (64, 3) if fill == 1 else (64, 2)
+    block_n, num_warps, num_stages = 64, 4, 3
     if head_dim > 128 or dtype.itemsize == 4:
         block_n, num_stages = 32, 2
+    elif fill == 1:  # small programs, so that many are on an SM: one's begin hides behind others
+        block_n, num_warps, num_stages = 64 if dtype.itemsize == 1 else 32, 2, 4
+    elif dtype.itemsize == 1:
+        num_stages = 2
     split_tokens = 128 if fill >= 16 else 256 if fill >= 4 else 1024
     splits = max(1 << fill.bit_length() - 1, 4)
     return DecodeConfig(
         block_n,
-        num_warps=4,
-        num_stages=num_stages,
+        num_warps,
+        num_stages,
         max_splits=min(splits, triton.next_power_of_2(triton.cdiv(max_len, split_tokens))),
         split_tokens=split_tokens,
     )

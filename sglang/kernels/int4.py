@@ -29,7 +29,7 @@ from sglang.kernels.int4_weight import (
 from sglang.kernels.launch import launch_next, pdl, wait_for_previous
 from sglang.kernels.quant_split_k import split_k_workspace, sum_splits, tile_of
 
-DOT_TOKENS = 256
+DOT_TOKENS = 512
 """With more, dequantize first."""
 
 

@@ -34,6 +34,8 @@ class Batch:
     q_starts: torch.Tensor  # [n - num_decode + 1] prefill rows' first tokens, after num_decode
     max_kv_len: int
     """An upper bound of kv_lens, known on the host."""
+    max_q_len: int
+    """An upper bound of a prefill row's new tokens, known on the host."""
     attention: AttentionBackend
     kv_cache: KVPool
     decode_lens: torch.Tensor | None = None

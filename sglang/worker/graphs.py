@@ -1,16 +1,16 @@
 """CUDA graphs of whole steps: one copy in, one replay, one copy out.
 
 A graph holds everything from the gathering of input ids to the feedback of sampled tokens. There
-are three families: steps that only decode, by number of rows; steps that prefill a few rows and do
-nothing else, by number of tokens; and all others, again by tokens. A step runs in the next larger
-graph of its family, filled up with padding.
+are four families: steps that only decode, by number of rows; steps that prefill a few rows and do
+nothing else, by number of tokens; steps of many tokens in short rows, and all others, again by
+tokens. A step runs in the next larger graph of its family, filled up with padding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
 
 import numpy as np
 import torch
@@ -23,6 +23,8 @@ from sglang.worker.staging import Staging
 MAX_PREFILL_TOKENS = 9216
 PREFILL_ROWS = 16
 """In a graph of the second family: each costs its logits, whether the step has it or not."""
+SHORT_ROW, MANY_TOKENS = 128, 512
+"""Of the third family: attention's tiles for long rows would be mostly empty."""
 
 
 def longest_worthwhile(weights_per_layer: int) -> int:
@@ -96,7 +98,7 @@ def prefill_sizes(largest: int, steps: int) -> list[int]:
 class Family:
     """Graphs of one kind of step, by size."""
 
-    run: Callable[[Any], GraphOutputs]
+    run: Callable[..., GraphOutputs]
     inputs_class: type
     arrays: Callable[[StepArrays, int], list[np.ndarray]]
     """A step's inputs, padded to a size."""
@@ -111,12 +113,13 @@ class Family:
 
 
 class StepGraphs:
-    """`decode` and `prefill` are whole steps on the device, without a synchronisation."""
+    """`decode` and `prefill` are whole steps on the device, without a synchronisation; `prefill` is
+    told the most tokens that a row may have."""
 
     def __init__(
         self,
         decode: Callable[[DecodeInputs], GraphOutputs],
-        prefill: Callable[[PrefillInputs], GraphOutputs],
+        prefill: Callable[..., GraphOutputs],
         attention: AttentionBackend,
         state: RowState,
         max_rows: int,
@@ -130,14 +133,18 @@ class StepGraphs:
         longest = max_tokens if attention.captures_prefill else 0
         coarse, fine = prefill_sizes(longest, steps=2), prefill_sizes(longest, steps=4)
         self._decode = Family(decode, DecodeInputs, self._decode_arrays, decode_sizes(max_rows))
-        self._prefill = Family(prefill, PrefillInputs, self._prefill_arrays, fine)
-        self._mixed = Family(prefill, PrefillInputs, self._mixed_arrays, coarse)
+        of_any = partial(prefill, max_q_len=longest)
+        of_short = partial(prefill, max_q_len=SHORT_ROW)
+        many = [size for size in coarse if size >= MANY_TOKENS]
+        self._prefill = Family(of_any, PrefillInputs, self._prefill_arrays, fine)
+        self._short = Family(of_short, PrefillInputs, self._mixed_arrays, many)
+        self._mixed = Family(of_any, PrefillInputs, self._mixed_arrays, coarse)
         device = state.slot_table.device
         size = 5 * max(max_rows, longest) + (5 + NUM_PARAMS) * max_rows + 1
         self._inputs = torch.zeros(size, dtype=torch.int32, device=device)
         self._staging = Staging(size)
         self._pool = None
-        families = (self._prefill, self._mixed, self._decode)
+        families = (self._prefill, self._mixed, self._short, self._decode)
         with tqdm(
             total=sum(len(family.sizes) for family in families),
             desc="Capturing CUDA graphs",
@@ -178,6 +185,8 @@ class StepGraphs:
             family = self._decode
         elif step.num_decode == 0 and num_rows <= self._prefill_rows:
             family = self._prefill
+        elif num_tokens >= MANY_TOKENS and step.q_lens.max() <= SHORT_ROW:
+            family = self._short
         if not family.holds(num_tokens):
             return None
         size = family.at_least(num_tokens)

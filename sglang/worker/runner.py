@@ -207,6 +207,7 @@ class ModelRunner:
                 slot_table=rows.slot_table,
                 q_starts=q_starts,
                 max_kv_len=int(step.kv_lens.max()),
+                max_q_len=int(step.q_lens.max()),
                 attention=self.attention,
                 kv_cache=self.kv_cache,
                 q_lens_host=step.q_lens,
@@ -257,6 +258,7 @@ class ModelRunner:
                 slot_table=rows.slot_table,
                 q_starts=inputs.rows[:1],  # no prefill rows
                 max_kv_len=rows.max_len,
+                max_q_len=1,
                 attention=self.attention,
                 kv_cache=self.kv_cache,
             )
@@ -264,7 +266,7 @@ class ModelRunner:
         return self._draw(hidden, inputs.rows, inputs.kv_lens, inputs.params)
 
     @torch.inference_mode()
-    def _prefill(self, inputs: PrefillInputs) -> GraphOutputs:
+    def _prefill(self, inputs: PrefillInputs, max_q_len: int) -> GraphOutputs:
         """Rows that prefill. If any may decode instead, the device is told which."""
         rows, ids, kv_lens = self.rows, inputs.ids, inputs.kv_lens
         rows.slot_table.view(-1).index_copy_(0, inputs.grown_at.long(), inputs.slots)
@@ -283,6 +285,7 @@ class ModelRunner:
                 slot_table=rows.slot_table,
                 q_starts=inputs.q_starts,
                 max_kv_len=rows.max_len,
+                max_q_len=min(max_q_len, len(ids)),
                 attention=self.attention,
                 kv_cache=self.kv_cache,
             )

@@ -14,7 +14,7 @@ from sglang.attention.triton import TritonAttention
 from sglang.messages import GenerateRequest, pack, unpack
 from sglang.sampling_params import SamplingParams
 from sglang.server_args import ServerArgs
-from sglang.worker.graphs import StepGraphs, decode_sizes, prefill_sizes
+from sglang.worker.graphs import Family, StepGraphs, decode_sizes, prefill_sizes
 from sglang.worker.rows import StepArrays
 from tests.engine.inprocess import InProcessEngine
 from tests.models import tiny
@@ -105,16 +105,24 @@ def run(engine: InProcessEngine, requests: list[GenerateRequest]) -> dict[int, l
 @pytest.mark.parametrize("seed", range(3))
 def test_steps_in_graphs_give_the_tokens_of_steps_without(engine, seed, monkeypatch):
     monkeypatch.setattr("sglang.worker.graphs.Staging", Unpinned)
+    monkeypatch.setattr("sglang.worker.graphs.MANY_TOKENS", 10)
+    monkeypatch.setattr("sglang.worker.graphs.SHORT_ROW", 30)
     runner = engine.runner
     expected = run(engine, workload(seed))
     runner.graphs = RunGraphs(
         runner._decode, runner._prefill, runner.attention, runner.rows,
         max_rows=6, max_tokens=46, show_progress=False,
     )  # fmt: skip
+    replayed = set()
+    at_least = Family.at_least
+    monkeypatch.setattr(
+        Family, "at_least", lambda family, size: replayed.add(id(family)) or at_least(family, size)
+    )
     try:
         assert run(engine, workload(seed)) == expected
     finally:
         runner.graphs = None
+    assert len(replayed) == 4, "a family of graphs was never used"
 
 
 def test_sizes_leave_little_padding_and_end_with_the_largest():

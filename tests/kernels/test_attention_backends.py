@@ -86,6 +86,7 @@ class Case:
             max_kv_len=MAX_LEN,
             attention=make_backend(name, group, window, dtype, kv_dtype or dtype),
             kv_cache=None,  # type: ignore[arg-type]
+            max_q_len=int(q_lens.max()),
             q_lens_host=q_lens,
             kv_lens_host=kv_lens,
         )

@@ -98,6 +98,7 @@ class Session:
             max_kv_len=max(kv_lens),
             attention=self.attention,
             kv_cache=self.pool,
+            max_q_len=max(q_lens),
             q_lens_host=np.array(q_lens),
             kv_lens_host=np.array(kv_lens),
         )
