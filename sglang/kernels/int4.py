@@ -108,13 +108,16 @@ def _dot_kernel(
     tile_m, tile_n = tile_of(tl.program_id(0), tiles_m, (N + BLOCK_N - 1) // BLOCK_N)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(1)
+    # The last tile begins early rather than end late, if it can: rows beyond the last one cost the
+    # copy engine more than others, and those that two tiles compute come out the same.
+    first_m = tl.minimum(tile_m * BLOCK_M, tl.maximum(num_tokens - BLOCK_M, 0))
     safe_n = tl.where(n < N, n, 0)
     word_ptrs = words_ptr + safe_n.to(tl.int64)[:, None] * ROW + tl.arange(0, BLOCK_K // 4)[None, :]
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for step in tl.range(split * each, min(split * each + each, steps), num_stages=NUM_STAGES):
         k0 = step * BLOCK_K
         words = tl.load(word_ptrs + k0 // 4)
-        inputs = x.load([tile_m * BLOCK_M, k0])  # zeros behind the last token and the last input
+        inputs = x.load([first_m, k0])  # zeros behind the last token and the last input
         scales = tl.load(scales_ptr + k0 // GROUP * N + safe_n)
         high_scales = scales
         if GROUP % BLOCK_K:  # a block's low nibbles may be one group's, its high ones the next's
@@ -123,7 +126,7 @@ def _dot_kernel(
         weights = dequantize_words(words, scales, high_scales, DTYPE, ASM)
         acc = _ended(tl.dot(weights, inputs.T, acc), ASM)
 
-    m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    m = first_m + tl.arange(0, BLOCK_M)
     in_m = m < num_tokens
     at = m[None, :] * N + n[:, None]
     mask = in_m[None, :] & (n < N)[:, None]
@@ -136,15 +139,17 @@ def _dot_kernel(
 
 
 def choose_config(num_tokens: int, n: int, k: int) -> DotConfig:
-    """The quickest on an H100 at the shapes of Llama-2-7B: 64 outputs a program, and so many splits
-    that an SM has as many programs as fit."""
-    block_m = min(max(triton.next_power_of_2(num_tokens), 16), 256)
+    """The quickest on an H100 and an H200 at the shapes of Llama-2-7B: 64 outputs a program, and so
+    many splits that an SM has as many programs as fit."""
+    block_m = triton.next_power_of_2(num_tokens)
+    if num_tokens > 64 and block_m > num_tokens:
+        block_m //= 2
+    block_m = min(max(block_m, 16), 128)
     block_n = 128 if block_m == 32 and n > 8192 else 64
-    programs = {16: 1024, 32: 512, 64: 400}.get(block_m, 300)
+    programs = {16: 1024, 32: 512, 64: 400, 128: 300}[block_m]
     tiles = triton.cdiv(n, block_n) * triton.cdiv(num_tokens, block_m)
     splits = min(_power_below(programs // tiles), 16, _power_below(k // 512))
-    stages = 4 if (block_m, block_n) == (32, 64) else 3
-    return DotConfig(block_m, block_n, splits, 4, stages, block_k=64 if block_m == 256 else 128)
+    return DotConfig(block_m, block_n, splits, 4, 4 if (block_m, block_n) == (32, 64) else 3)
 
 
 def _power_below(x: int) -> int:

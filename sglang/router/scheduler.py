@@ -148,6 +148,8 @@ class Scheduler:
                 oldest = np.argsort(rows.admission[ready], kind="stable")
                 ready = np.sort(ready[oldest[: self.allocator.num_free]])
         if len(ready):
+            # Attention takes the rows in this order: what lasts longest begins first.
+            ready = ready[np.argsort(-rows.planned[ready], kind="stable")]
             at = rows.planned[ready]
             slots = self.allocator.alloc(len(ready))
             rows.slots[ready, at] = slots
