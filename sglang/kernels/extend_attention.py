@@ -17,6 +17,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sglang.kernels.launch import FLOAT32, counters, launch_next, pdl, wait_for_previous
 
+try:
+    from sglang.kernels import extend_attention_hopper as hopper
+except ImportError:  # Triton without Gluon, or with an older one
+    hopper = None
+
 _HIDDEN = tl.constexpr(-(2.0**100))
 """The score of a key that a query does not see. Finite, not -inf: a window may hide all of a tile
 from a query, and -inf less -inf is NaN. What such a tile adds is scaled away by the first tile that
@@ -53,6 +58,8 @@ def extend_attention(
     out         [T, Hq, D] contiguous, where the result goes
     """
     run = extend_attention_triton if q.is_cuda else extend_attention_naive
+    if hopper is not None and hopper.usable(q, k_cache, window, max_q_len):
+        run = hopper.extend_attention_hopper
     return run(
         q, k, v, k_cache, v_cache, slot_table, rows, q_starts, kv_lens, scale, window, max_q_len,
         out=out,
@@ -125,55 +132,51 @@ def extend_config(
         return ExtendConfig(32 if head_dim > 128 else 64, 32, 4, 2, pack, splits)
     if head_dim > 128:
         return ExtendConfig(128, 64, 8, 2, pack, splits)
-    if max_q_len < 1024:
+    if max_q_len < 512:
         return ExtendConfig(64, 64, 4, 2, pack, splits)
     return ExtendConfig(128, 64, 8, 3, pack, splits)
 
 
 @triton.jit
 def _attend(
-    acc, most, total, q, query_at, start, end, tiles, column, first_row,
+    acc, most, total, q, query_at, start, end, seen_by_all, tiles, column, first_row,
     table, k_base, v_base, kv_stride, scale_log2,
     NEW: tl.constexpr,
-    MASKED: tl.constexpr,
     WINDOW: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One online softmax over the keys start..end-1, all of the prefix or all new. `end` may lie
-    within a tile only if MASKED. `most` is of unscaled scores: scale and subtraction are then one
-    multiply-add.
+    """One online softmax over the keys start..end-1, all of the prefix or all new. `most` is of
+    unscaled scores: scale and subtraction are then one multiply-add.
 
-    tiles      descriptors of the new tokens' K and V, whose row of key i is i + first_row
-    column     where in their rows the KV head begins
+    seen_by_all  every query sees the keys before this one
+    tiles        descriptors of the new tokens' K and V, whose row of key i is i + first_row
+    column       where in their rows the KV head begins
     """
     n = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
+    seen_by_all = tl.minimum(seen_by_all, end)
     if not NEW:
         # The index tile is loaded one turn ahead: a gather through an index of its own turn would
-        # keep a single tile in flight whatever num_stages says.
-        slots = tl.load(table + start + n, mask=start + n < end, other=0)
+        # keep a single tile in flight whatever num_stages says. Past the end it repeats the last.
+        last = tl.maximum(end - 1, 0)
+        slots = tl.load(table + tl.minimum(start + n, last))
     for at in tl.range(start, end, BLOCK_N):
         if NEW:
             k = tiles[0].load([first_row + at, column])  # [BLOCK_N, BLOCK_D]
             v = tiles[1].load([first_row + at, column])
         else:
             offset = (slots.to(tl.int64) * kv_stride)[:, None]
-            if MASKED:
-                mask = ((at + n) < end)[:, None] & (d[None, :] < D)
-                k = tl.load(k_base + offset, mask=mask, other=0.0)
-                v = tl.load(v_base + offset, mask=mask, other=0.0)
-            elif D == BLOCK_D:
+            if D == BLOCK_D:
                 k = tl.load(k_base + offset)
                 v = tl.load(v_base + offset)
             else:
                 k = tl.load(k_base + offset, mask=d[None, :] < D, other=0.0)
                 v = tl.load(v_base + offset, mask=d[None, :] < D, other=0.0)
-            ahead = at + BLOCK_N + n
-            slots = tl.load(table + ahead, mask=ahead < end, other=0)
+            slots = tl.load(table + tl.minimum(at + BLOCK_N + n, last))
         scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=FLOAT32)
-        if MASKED:
+        if at + BLOCK_N > seen_by_all:
             distance = query_at[:, None] - (at + n)[None, :]
             visible = (distance >= 0) & (at + n < end)[None, :]
             if WINDOW > 0:
@@ -264,7 +267,6 @@ def _extend_kernel(
             query_at = prefix + token
             table = table_ptr + tl.load(rows_ptr + row).to(tl.int64) * table_stride
 
-            # Prefix and new tokens both begin with whole tiles that every query of this one sees.
             end = tl.minimum(prefix + first + TOKENS, kv_len)
             start = 0
             if WINDOW > 0:
@@ -278,35 +280,23 @@ def _extend_kernel(
                 splits = tl.maximum(tl.cdiv(end - start, size), 1)
                 start += split * size
                 end = tl.minimum(start + size, end)
-            prefix_end = tl.maximum(tl.minimum(prefix, end), start)
-            masked = start
-            new_start = tl.maximum(prefix, start)
-            new_masked = new_start
-            if WINDOW == 0:
-                masked += (prefix_end - start) // BLOCK_N * BLOCK_N
-                seen_by_all = tl.minimum(prefix + first + 1, end)
-                new_masked += tl.maximum(seen_by_all - new_start, 0) // BLOCK_N * BLOCK_N
             if split < splits:
                 most = tl.full([BLOCK_M], _HIDDEN, tl.float32)
                 total = tl.zeros([BLOCK_M], tl.float32)
                 acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
                 tiles_of_new = (new_k, new_v)
-                row_of_key = q_start - prefix
-                # The new tokens come first: behind the unmasked loop over the prefix, ptxas would
-                # wait for every single matrix instruction.
-                FROM: tl.constexpr = 1 if WINDOW > 0 else 0
+                seen_by_all = prefix + first + 1 if WINDOW == 0 else 0
+                # The new tokens come first: behind the loop over the prefix, ptxas would wait for
+                # every single matrix instruction.
                 for OLD in tl.static_range(2):
-                    for MASKED in tl.static_range(FROM, 2):
-                        from_key = start if OLD else new_start
-                        middle = masked if OLD else new_masked
-                        to_key = prefix_end if OLD else end
-                        acc, most, total = _attend(
-                            acc, most, total, q, query_at,
-                            middle if MASKED else from_key, to_key if MASKED else middle,
-                            tiles_of_new, kv_head * D, row_of_key,
-                            table, k_base, v_base, kv_stride, scale_log2,
-                            not OLD, MASKED, WINDOW, D, BLOCK_D, BLOCK_N,
-                        )  # fmt: skip
+                    acc, most, total = _attend(
+                        acc, most, total, q, query_at,
+                        start if OLD else tl.maximum(prefix, start),
+                        tl.minimum(prefix, end) if OLD else end,
+                        seen_by_all, tiles_of_new, kv_head * D, q_start - prefix,
+                        table, k_base, v_base, kv_stride, scale_log2,
+                        not OLD, WINDOW, D, BLOCK_D, BLOCK_N,
+                    )  # fmt: skip
                 acc = acc / total[:, None]
                 at = q_row * HQ + head[:, None]  # [BLOCK_M, 1]
                 out_at = out_ptr + at * D + d[None, :]

@@ -199,5 +199,5 @@ class Rows:
         request.tokens = self.tokens[row, : self.known[row]].copy()
         request.row = -1
         self.requests[row] = None
-        self.open[row] = False
+        self.open[row] = self.leaving[row] = False
         self._free.append(row)

@@ -100,11 +100,7 @@ class Router:
                 if grammar is None:
                     scheduler.abort([request.handle])
             lane.lap("receive")
-            if len(flying) < self._depth and (step := scheduler.plan()) is not None:
-                lane.lap("plan", step[0].step)
-                self._workers.send(*step)
-                lane.lap("send", step[0].step)
-            elif flying:
+            if not self._plan() and flying:
                 while not self._workers.has_result() and scheduler.follow_grammar():
                     pass
                 result = self._workers.recv()
@@ -112,9 +108,21 @@ class Router:
                 flight = scheduler.take_in(result)
                 lane.lap("take in", result.step)
                 self._tell_detokenizer()
-                scheduler.put_away(flight)
+                for _ in scheduler.put_away(flight):
+                    if not flying:  # the workers wait
+                        self._plan()
                 lane.lap("put away", result.step)
             self._tell_detokenizer()
+
+    def _plan(self) -> bool:
+        """Sends the workers another step; False: there is none, or enough are in flight."""
+        scheduler, lane = self._scheduler, self._lane
+        if len(scheduler.flying) >= self._depth or (step := scheduler.plan()) is None:
+            return False
+        lane.lap("plan", step[0].step)
+        self._workers.send(*step)
+        lane.lap("send", step[0].step)
+        return True
 
     def _tell_detokenizer(self) -> None:
         if (news := self._scheduler.take_outbox()) is not None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 import time
 from collections import deque
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -38,6 +39,9 @@ GRAMMAR_SECONDS = 0.5e-3
 
 class Scheduler:
     """Owns queue, rows, slots and radix tree. Not thread-safe; no I/O."""
+
+    AT_A_TIME = 32
+    """Requests that give back what they held, before others may take it: about a millisecond."""
 
     def __init__(
         self,
@@ -128,7 +132,8 @@ class Scheduler:
         ]
         if builder.is_empty():
             assert not builder.opened, "who is admitted has slots"
-            if not self.flying and self._running_last() is not None:
+            stuck = not self.flying and not self.rows.leaving.any()
+            if stuck and self._running_last() is not None:
                 return self._restart_all()
             return None
         plan, payload, flight = builder.build(self.rows)
@@ -287,7 +292,8 @@ class Scheduler:
 
     def commit(self, result: StepResult) -> None:
         """What became of the oldest flying step."""
-        self.put_away(self.take_in(result))
+        for _ in self.put_away(self.take_in(result)):
+            pass
 
     def take_in(self, result: StepResult) -> Flight:
         """The first half of `commit`: the news. They need not wait for the second half."""
@@ -299,13 +305,16 @@ class Scheduler:
         self._append(flight.sampled_rows(), unpack(result.tokens), result)
         return flight
 
-    def put_away(self, flight: Flight) -> None:
-        """The second half: prompts go into the tree, and who has ended gives back what it held."""
+    def put_away(self, flight: Flight) -> Iterator[None]:
+        """The second half: prompts go into the tree, and who has ended gives back what it held. If
+        many have ended, a few at a time: there may be a plan in between."""
         rows, in_step = self.rows, flight.rows()
         for chunk in flight.chunks:
             if not rows.leaving[chunk.row]:
                 self._remember(chunk.request, chunk.end)
-        for row in self._settled_rows(in_step):
+        for i, row in enumerate(self._settled_rows(in_step)):
+            if i and i % self.AT_A_TIME == 0:
+                yield
             self._settle(rows.request(row))
 
     def _settled_rows(self, in_step: np.ndarray) -> np.ndarray:

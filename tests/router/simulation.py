@@ -145,17 +145,18 @@ class Simulation:
         self.depth = depth
         num_rows = rng.choice([1, 2, 4, 8])
         self.max_len = 64
-        num_slots = rng.choice([64, 72, 96, 128, 512])
+        num_slots = rng.choice([64, 64, 72, 80, 96, 128, 512])
         self.scheduler = scheduler_class(
             num_slots=num_slots,
             num_rows=num_rows,
             max_len=self.max_len,
             chunk_size=rng.choice([1, 5, 16, 200]),
             policy=rng.choice(["lpm", "weight", "random", "fcfs"]),
-            conservativeness=rng.choice([0.0, 0.0, 1.0]),
+            conservativeness=rng.choice([0.0, 0.0, 0.0, 1.0]),
             eos=(EOS,),
             disable_radix_cache=rng.random() < 0.15,
         )
+        self.scheduler.AT_A_TIME = 1
         self.worker = HashingWorker(num_slots, num_rows, self.max_len)
         self.outputs: dict[int, list[int]] = {}
         self.reasons: dict[int, str] = {}
@@ -193,7 +194,11 @@ class Simulation:
             if len(scheduler.flying) < self.depth and (step := scheduler.plan()) is not None:
                 sent.append(step)
             elif scheduler.flying:
-                scheduler.commit(self.worker.run(*sent.popleft()))
+                flight = scheduler.take_in(self.worker.run(*sent.popleft()))
+                for _ in scheduler.put_away(flight):
+                    self._read_outbox()
+                    if rng.random() < 0.5 and (step := scheduler.plan()) is not None:
+                        sent.append(step)
             self._read_outbox()
             if scheduler.is_idle() and not arriving:
                 break
