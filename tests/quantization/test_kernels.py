@@ -36,7 +36,8 @@ def random_int4(n: int, k: int, group: int) -> Int4Weight:
     q = torch.randint(0, 16, (n, k), device=DEVICE)
     scales = torch.rand(groups, n, device=DEVICE) * 0.1 + 0.05
     zeros = torch.randint(0, 17, (groups, n), device=DEVICE)
-    return Int4Weight(pack_int4(q), pack_scales(scales, zeros), k, group)
+    # A checkpoint's scales are of a 16-bit type, and tensor cores get them in one.
+    return Int4Weight(pack_int4(q), pack_scales(scales.bfloat16(), zeros), k, group)
 
 
 def random_case(seed: int) -> tuple[Int4Weight, torch.dtype]:
