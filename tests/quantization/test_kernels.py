@@ -150,6 +150,8 @@ def test_norm_and_gate_quantize_as_if_apart(seed, format):
     dtype = DTYPES[seed % 2]
     x, weight = randn(5, 96 + 100 * seed, dtype=dtype), randn(96 + 100 * seed, dtype=dtype)
     residual = randn(*x.shape, dtype=dtype) if seed % 3 else None
+    # A value that is rounded otherwise before it is quantized, and so may be the largest one.
+    ulp = {torch.float32: 0.0, torch.float16: 2**-11, torch.bfloat16: 2**-8}[dtype]
     normed = quant_tokens.norm_and_quantize(x, residual, weight, 1e-5, format)
     expected = quant_tokens.norm_and_quantize_naive(x, residual, weight, 1e-5, format)
     assert_close(normed[2], expected[2])
@@ -160,7 +162,7 @@ def test_norm_and_gate_quantize_as_if_apart(seed, format):
     ):
         torch.testing.assert_close(scales, scales_naive, rtol=1e-2, atol=0)
         error = q.float() * scales[:, None] - q_naive.float() * scales_naive[:, None]
-        step = 1.1 if format == torch.int8 else 33
+        step = 1.1 + 2 * ulp * 127 if format == torch.int8 else 33
         assert (error.abs() <= step * scales_naive[:, None]).all()
 
 
