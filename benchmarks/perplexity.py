@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for the tests' reference
 import torch
 
-from sglang import demo_model
+from sglang import calibration, demo_model
 from sglang.model_config import ModelConfig
 from sglang.quantize import METHODS, quantize
 from sglang.server_args import ServerArgs
@@ -103,7 +103,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         for method in METHODS:
             path = f"{folder}/{method}"
-            quantize(method, "", path)
+            quantize(method, "", path, text=calibration.TEXT.read_text())
             show(method, path, dtype="float32")
     if failed:
         print(f"further from float32 than they should be: {', '.join(failed)}")

@@ -1,7 +1,7 @@
 """Make a quantized checkpoint: python -m sglang.quantize --method awq|gptq|int8|fp8 IN OUT
 
-IN is a folder, a .gguf file or a hub id; "" is the demo model. Weights are rounded to nearest, with
-nothing calibrated: AWQ's and GPTQ's formats, not their algorithms, whose checkpoints are better.
+IN is a folder, a .gguf file or a hub id; "" is the demo model. Weights are rounded as
+`sglang.calibration` says; for fp8 or without calibration, each to the nearest number.
 """
 
 from __future__ import annotations
@@ -15,20 +15,28 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from sglang import calibration
+from sglang.calibration import Int4, round_to_int4
 from sglang.kernels.quant_tokens import quantize_tokens_naive
 from sglang.model_config import ModelConfig, _read_gguf
 from sglang.models.checkpoint import open_checkpoint
 from sglang.quantization.grouped import AWQLinear
 from sglang.server_args import ServerArgs
+from sglang.tokenizer import Tokenizer
 
 METHODS = ("awq", "gptq", "int8", "fp8")
 _TOKENIZER_FILES = ("token*", "special_tokens*", "vocab*", "merges*", "*.jinja", "generation_c*")
 _MODEL_TYPES = {"Llama": "llama", "Mistral": "mistral", "Qwen2": "qwen2", "Qwen3": "qwen3"}
 
 
-def quantize(method: str, source: str, target: str, group_size: int = 0) -> None:
-    """group_size 0: the largest of 128, 64 and 32 that divides every layer's inputs."""
-    config = ModelConfig.load(ServerArgs(model_path=source, device="cpu", dtype="float32"))
+def quantize(
+    method: str, source: str, target: str, group_size: int = 0, text: str | None = None
+) -> None:
+    """group_size 0: the largest of 128, 64 and 32 that divides every layer's inputs, if it can be
+    into 16 groups. text: to calibrate with; without it, or if it is short, each weight is rounded
+    to the nearest number."""
+    args = ServerArgs(model_path=source, device="cpu", dtype="float32")
+    config = ModelConfig.load(args)
     if config.quantization_config is not None:
         raise ValueError(f"{config.path} is quantized already")
     checkpoint = open_checkpoint(config)
@@ -36,17 +44,32 @@ def quantize(method: str, source: str, target: str, group_size: int = 0) -> None
     sizes = [size for size in (128, 64, 32) if all(width % size == 0 for width in widths)]
     if method in ("awq", "gptq") and not (group_size or sizes):
         raise ValueError(f"no group size divides the layers' inputs, {widths}")
-    group_size = group_size or (sizes or [0])[0]
+    many = (size for size in sizes if 16 * size <= min(widths))
+    group_size = group_size or next(many, (sizes or [0])[-1])
 
     dtype = torch.float16 if method in ("awq", "gptq") else torch.bfloat16
+    changed, rounded = {}, {}
+    if text is not None and method != "fp8":  # whose numbers have no range to be smoothed into
+        ids = Tokenizer.load(config, args).encode(text)
+        if len(ids) < calibration.MIN_TOKENS:
+            print(f"{len(ids)} tokens are too few to calibrate with: rounding to nearest")
+        else:
+            grouped = group_size if method in ("awq", "gptq") else 0
+            changed, rounded = calibration.calibrate(config, ids, grouped)
     tensors: dict[str, torch.Tensor] = {}
     for name in sorted(checkpoint.names):
-        weight = torch.empty(checkpoint.shape(name))
-        checkpoint.load(weight, name)
-        if name.endswith("_proj.weight"):
-            tensors |= quantize_layer(method, name.removesuffix(".weight"), weight, group_size)
-        else:
+        weight, layer = changed.get(name), name.removesuffix(".weight")
+        if weight is None and layer not in rounded:
+            weight = torch.empty(checkpoint.shape(name))
+            checkpoint.load(weight, name)
+        if not name.endswith("_proj.weight"):
             tensors[name] = weight.to(dtype)
+        elif method in ("int8", "fp8"):
+            tensors |= round_to_8_bits(method, layer, weight)
+        else:
+            tensors |= pack_int4(
+                method, layer, rounded.get(layer) or round_to_int4(weight, group_size)
+            )
     folder = Path(target)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -59,15 +82,16 @@ def quantize(method: str, source: str, target: str, group_size: int = 0) -> None
     (folder / "config.json").write_text(json.dumps(values, indent=1))
 
 
-def quantize_layer(
-    method: str, name: str, weight: torch.Tensor, group_size: int
-) -> dict[str, torch.Tensor]:
-    """The tensors of a linear layer, weight float32 [N, K], as the format has them."""
-    if method in ("int8", "fp8"):
-        format = torch.int8 if method == "int8" else torch.float8_e4m3fn
-        q, scales = quantize_tokens_naive(weight, format)
-        return {f"{name}.weight": q, f"{name}.weight_scale": scales[:, None].contiguous()}
-    q, scales, zeros = round_to_int4(weight, group_size)
+def round_to_8_bits(method: str, name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The tensors of a linear layer, weight float32 [N, K]."""
+    format = torch.int8 if method == "int8" else torch.float8_e4m3fn
+    q, scales = quantize_tokens_naive(weight, format)
+    return {f"{name}.weight": q, f"{name}.weight_scale": scales[:, None].contiguous()}
+
+
+def pack_int4(method: str, name: str, weight: Int4) -> dict[str, torch.Tensor]:
+    """The tensors of a linear layer, as AWQ or GPTQ has them."""
+    q, scales, zeros = weight.q, weight.scales, weight.zeros
     if method == "awq":
         pack = [AWQLinear.ORDER.index(nibble) for nibble in range(8)]
         words = {"qweight": q.t(), "qzeros": zeros}
@@ -77,22 +101,9 @@ def quantize_layer(
         }
     else:  # the first version's zero points are stored less one
         packed = {"qweight": _words(q.t(), 0), "qzeros": _words((zeros - 1) % 16, 1)}
-        packed["g_idx"] = (torch.arange(q.shape[1]) // group_size).int()
+        packed["g_idx"] = (torch.arange(q.shape[1]) * len(scales) // q.shape[1]).int()
     packed["scales"] = scales.half()
     return {f"{name}.{key}": value.contiguous() for key, value in packed.items()}
-
-
-def round_to_int4(
-    weight: torch.Tensor, group_size: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """float32 [N, K] -> (q [N, K] of 0..15, scales [groups, N], zeros [groups, N]), with which
-    (q - zero) scale is near the weight."""
-    groups = weight.unflatten(1, (-1, group_size))  # [N, groups, group_size]
-    low, high = groups.amin(2).clamp_max(0.0), groups.amax(2).clamp_min(0.0)
-    scales = ((high - low) / 15).half().float().clamp_min(1e-7)
-    zeros = (-low / scales).round().clamp(0, 15)
-    q = (groups / scales[:, :, None]).round() + zeros[:, :, None]
-    return q.clamp(0, 15).flatten(1).int(), scales.t(), zeros.t().int()
 
 
 def _words(numbers: torch.Tensor, dim: int) -> torch.Tensor:
@@ -149,16 +160,20 @@ def _copy_the_rest(config: ModelConfig, folder: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m sglang.quantize",
-        description="Write a quantized checkpoint, its weights rounded to nearest.",
+        description="Write a quantized checkpoint.",
     )
     parser.add_argument("source", metavar="IN", help='folder, .gguf file or hub id; "": the demo')
     parser.add_argument("target", metavar="OUT", help="folder to write")
     parser.add_argument("--method", required=True, choices=METHODS)
     parser.add_argument("--group-size", type=int, default=0, help="of awq and gptq")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--calibration", metavar="FILE", type=Path, default=calibration.TEXT)
+    how.add_argument("--no-calibration", action="store_true", help="round to nearest")
     args = parser.parse_args()
     try:
-        quantize(args.method, args.source, args.target, args.group_size)
-    except ValueError as error:
+        text = None if args.no_calibration else args.calibration.read_text(encoding="utf-8")
+        quantize(args.method, args.source, args.target, args.group_size, text)
+    except (ValueError, OSError) as error:
         parser.error(str(error))
 
 

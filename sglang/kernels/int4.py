@@ -149,7 +149,7 @@ def choose_config(num_tokens: int, n: int, k: int) -> DotConfig:
     programs = {16: 1024, 32: 512, 64: 400, 128: 300}[block_m]
     tiles = triton.cdiv(n, block_n) * triton.cdiv(num_tokens, block_m)
     splits = min(_power_below(programs // tiles), 16, _power_below(k // 512))
-    return DotConfig(block_m, block_n, splits, 4, 4 if (block_m, block_n) == (32, 64) else 3)
+    return DotConfig(block_m, block_n, splits, 4, 4 if block_m in (32, 64) and n <= 8192 else 3)
 
 
 def _power_below(x: int) -> int:

@@ -300,8 +300,7 @@ class Scheduler:
         flight = self.flying.popleft()
         assert result.step == flight.step, "steps come back in order"
         self.rows.flying[flight.rows()] -= 1
-        self._pass_on_prompt_logprobs(result)
-        self._pass_on_embeddings(result)
+        self._pass_on(result)
         self._append(flight.sampled_rows(), unpack(result.tokens), result)
         return flight
 
@@ -348,14 +347,13 @@ class Scheduler:
         for row in full[~rows.ended[full] & ~rows.unread[full]]:
             self._complete(row, "length")
 
-    def _pass_on_prompt_logprobs(self, result: StepResult) -> None:
+    def _pass_on(self, result: StepResult) -> None:
+        """What is said of prompts."""
         for scored in result.prompt_logprobs:
             request = self.rows.request(scored.owner)
             if not self.rows.ended[scored.owner]:
                 request.prompt_logprobs_from = scored.start + len(scored.logprobs) // 4
                 self._outbox.add_prompt_logprobs(request, scored)
-
-    def _pass_on_embeddings(self, result: StepResult) -> None:
         for embedding in result.embeddings:
             request = self.rows.request(embedding.owner)
             if not self.rows.ended[embedding.owner]:
