@@ -58,8 +58,12 @@ def quantize(
             changed, rounded = calibration.calibrate(config, ids, grouped)
     tensors: dict[str, torch.Tensor] = {}
     for name in sorted(checkpoint.names):
-        weight, layer = changed.get(name), name.removesuffix(".weight")
-        if weight is None and layer not in rounded:
+        layer = name.removesuffix(".weight")
+        if layer in rounded:
+            tensors |= pack_int4(method, layer, rounded[layer])
+            continue
+        weight = changed.get(name)
+        if weight is None:
             weight = torch.empty(checkpoint.shape(name))
             checkpoint.load(weight, name)
         if not name.endswith("_proj.weight"):
@@ -67,9 +71,7 @@ def quantize(
         elif method in ("int8", "fp8"):
             tensors |= round_to_8_bits(method, layer, weight)
         else:
-            tensors |= pack_int4(
-                method, layer, rounded.get(layer) or round_to_int4(weight, group_size)
-            )
+            tensors |= pack_int4(method, layer, round_to_int4(weight, group_size))
     folder = Path(target)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

@@ -256,9 +256,7 @@ class Scheduler:
         was admitted last. Its slots may come back only when its flying steps are committed; the
         caller takes what is there now."""
         while True:
-            missing = wanted - self.allocator.num_free
-            if missing > 0:
-                self.cache.evict(missing)
+            self.cache.evict(wanted - self.allocator.num_free)
             if self.allocator.num_free >= wanted or bool(self.rows.leaving.any()):
                 return
             victim = self._running_last()
