@@ -303,8 +303,8 @@ class Scheduler:
         return flight
 
     def put_away(self, flight: Flight) -> Iterator[None]:
-        """The second half: prompts go into the tree, and who has ended gives back what it held. If
-        many have ended, a few at a time: there may be a plan in between."""
+        """The second half, to be iterated to its end: prompts go into the tree, and who has ended
+        gives back what it held. If many have, a few at a time: there may be a plan in between."""
         rows, in_step = self.rows, flight.rows()
         for chunk in flight.chunks:
             if not rows.leaving[chunk.row]:
