@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from sglang.attention.torch_native import TorchNativeAttention
 from sglang.layers.linear import GateUpLinear, Linear
@@ -137,9 +138,10 @@ class Calibrated(LinearMethod):
     """Floating point, [N, K], until the layer is run for the first and only time: then it adapts
     its weights to the inputs."""
 
-    def __init__(self, group_size: int) -> None:
+    def __init__(self, group_size: int, progress: tqdm) -> None:
         """group_size: of 4-bit weights; 0: weights and activations will be int8."""
         self.group_size = group_size
+        self.progress = progress
         self.last: Linear | None = None  # the layer that was run before
 
     tensors = Unquantized.tensors
@@ -159,6 +161,7 @@ class Calibrated(LinearMethod):
             layer.int4 = gptq(layer.weight, x, self.group_size)
             layer.weight.copy_(layer.int4.weight())
         self.last = layer
+        self.progress.update()
         return F.linear(x, layer.weight, bias)
 
     def apply_normed(
@@ -190,12 +193,13 @@ def calibrate(
     """
     cpu = torch.device("cpu")
     model = Decoder(config, TensorParallel(), cpu)
-    method = Calibrated(group_size)
     layers = [module for module in model.layers.modules() if isinstance(module, Linear)]
-    for layer in layers:
-        layer.method = method
-    model.load(open_checkpoint(config))
-    model(*_batch(config, ids))
+    with tqdm(total=len(layers), desc="Calibrating", unit="layer") as progress:
+        method = Calibrated(group_size, progress)
+        for layer in layers:
+            layer.method = method
+        model.load(open_checkpoint(config))
+        model(*_batch(config, ids))
 
     tensors: dict[str, torch.Tensor] = {}
     rounded: dict[str, Int4] = {}
