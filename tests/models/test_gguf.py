@@ -95,6 +95,22 @@ def test_on_a_gpu_its_numbers_are_as_wide_as_in_the_file(kind, dtype, tmp_path, 
     assert ModelConfig.load(ServerArgs(str(path), device="cpu")).dtype == "float32"
 
 
+@pytest.mark.parametrize("kind", [Type.Q4_0, Type.Q4_1])
+@pytest.mark.parametrize("tied", [True, False])
+def test_weights_that_stay_quantized_give_nearly_the_same_logits(kind, tied, tmp_path):
+    path = tmp_path / "model.gguf"
+    theirs = write(tiny.make("Llama", tie_word_embeddings=tied), path, kind, "llama")
+    ours, _ = tiny.load(path, quantization="gguf")
+    assert all(layer.mlp.down_proj.int4_packed is not None for layer in ours.layers)
+    ids = torch.randint(ours.config.vocab_size, (40,), generator=torch.manual_seed(1))
+    with torch.inference_mode():
+        wanted = theirs(ids[None]).logits[0]
+    session, few = tiny.Session(ours), 4
+    logits = torch.cat([session.step({0: part})[0] for part in ids.view(-1, few).tolist()])
+    assert (logits - wanted).norm() < 0.06 * wanted.norm()  # bfloat16, through random layers
+    assert not torch.equal(logits, tiny.Session(ours).step({0: ids.tolist()})[0])
+
+
 def test_untied_heads_and_rope_factors(tmp_path):
     model = tiny.make("Llama", rope_parameters=tiny.LLAMA3_ROPE)
     plain = 500.0 ** -(torch.arange(0, 16, 2) / 16)
