@@ -61,8 +61,6 @@ class DotConfig:
     """Of the inputs, over programs."""
     num_warps: int
     num_stages: int
-    block_k: int = 128
-    """64 where a group is no multiple of it."""
 
 
 @triton.jit
@@ -170,7 +168,7 @@ def int4_dot_triton(
     if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:  # what descriptors can't
         x = x.clone(memory_format=torch.contiguous_format)
     config = config or choose_config(num_tokens, n, w.num_inputs)
-    block_k = config.block_k if w.group_size % 128 == 0 and w.packed.shape[1] % 64 == 0 else 64
+    block_k = 128 if w.group_size % 128 == 0 and w.packed.shape[1] % 64 == 0 else 64
     tiles = triton.cdiv(n, config.block_n) * triton.cdiv(num_tokens, config.block_m)
     partial, arrived = split_k_workspace(config.splits, num_tokens, n, x.device)
     _dot_kernel[(tiles, config.splits)](

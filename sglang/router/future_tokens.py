@@ -55,10 +55,13 @@ class Forecast:
         own = len(request.tokens) - cached
         remaining = self._ratio * (request.limit - len(request.tokens))
         prompts, total = self._prompts + own, self._total + remaining
-        held_by, lasts = [*self._held, own], [*self._remaining, remaining]
-        if prompts + total > room and prompts + peak(held_by, lasts) > room:
-            return False
-        self._prompts, self._total, self._held, self._remaining = prompts, total, held_by, lasts
+        if prompts + total > room:  # the peak is at most the sum, which costs less
+            grown = peak([*self._held, own], [*self._remaining, remaining])
+            if prompts + grown > room:
+                return False
+        self._prompts, self._total = prompts, total
+        self._held.append(own)
+        self._remaining.append(remaining)
         return True
 
 

@@ -2,6 +2,8 @@
 
 import torch
 
+from sglang.kernels.int4_weight import Int4Weight, pack_int4, pack_scales
+
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 # The interpreter does bfloat16 arithmetic wrongly, and float32 is where it is quick.
@@ -20,6 +22,14 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
 
 def randn(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.randn(*shape, dtype=torch.float32, device=DEVICE).to(dtype)
+
+
+def random_int4(n: int, k: int, group: int, scale_dtype: torch.dtype = torch.float32) -> Int4Weight:
+    groups = -(-k // group)
+    q = torch.randint(0, 16, (n, k), device=DEVICE)
+    scales = torch.rand(groups, n, device=DEVICE) * 0.1 + 0.05
+    zeros = torch.randint(0, 17, (groups, n), device=DEVICE)
+    return Int4Weight(pack_int4(q), pack_scales(scales.to(scale_dtype), zeros), k, group)
 
 
 def int32(values: object) -> torch.Tensor:

@@ -8,23 +8,18 @@ import pytest
 import torch
 
 from sglang.kernels import int4
-from sglang.kernels.int4_weight import Int4Weight, pack_int4, pack_scales
-from tests.kernels.common import DEVICE, DTYPES, assert_close, randn, seeds
+from sglang.kernels.int4_weight import Int4Weight
+from tests.kernels.common import DEVICE, DTYPES, assert_close, randn, random_int4, seeds
 
 
 def random_weight(n: int, k: int, group: int) -> Int4Weight:
-    groups = -(-k // group)
-    q = torch.randint(0, 16, (n, k), device=DEVICE)
-    scales = torch.rand(groups, n, device=DEVICE) * 0.1 + 0.05
-    zeros = torch.randint(0, 17, (groups, n), device=DEVICE)
     # A checkpoint's scales are of a 16-bit type, and tensor cores get them in one.
-    return Int4Weight(pack_int4(q), pack_scales(scales.bfloat16(), zeros), k, group)
+    return random_int4(n, k, group, torch.bfloat16)
 
 
 def random_config(rng: random.Random) -> int4.DotConfig:
     block_m, block_n = rng.choice([(16, 64), (64, 64), (32, 128), (256, 64)])
-    splits, block_k = rng.choice([1, 1, 2, 3]), rng.choice([64, 128])
-    return int4.DotConfig(block_m, block_n, splits, 4, 2, block_k)
+    return int4.DotConfig(block_m, block_n, rng.choice([1, 1, 2, 3]), 4, 2)
 
 
 @pytest.mark.parametrize("seed", seeds(10, 24))

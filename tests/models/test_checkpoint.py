@@ -102,5 +102,7 @@ def test_dummy_weights_need_a_configuration_only_and_repeat(tmp_path):
     tiny.make("Qwen3", head_dim=16).config.save_pretrained(tmp_path)
     models = [tiny.load(tmp_path, load_format="dummy")[0] for _ in range(2)]
     runs = [tiny.our_logits(model, [1, 2] * 10) for model in models]
+    weight = models[0].embed_tokens.weight
+    assert weight.abs().max() <= 1e-3 and 5e-4 < weight.std() < 7e-4
     assert runs[0].isfinite().all() and runs[0].std() > 0
     torch.testing.assert_close(*runs, rtol=0, atol=0)
