@@ -85,13 +85,6 @@ class DecodeConfig:
     """A row gets another split for each of these, until it has max_splits: then they grow."""
 
 
-@dataclass(frozen=True)
-class _Tile:
-    block_n: int
-    num_warps: int
-    num_stages: int
-
-
 @cache
 def decode_config(
     device: torch.device,
@@ -101,29 +94,27 @@ def decode_config(
     max_len: int,
     dtype: torch.dtype,
 ) -> DecodeConfig:
-    """The quickest on an H200, and nearly so on an H100. dtype: the cache's."""
+    """dtype: the cache's."""
     sms = torch.cuda.get_device_properties(device).multi_processor_count
     # With two programs an SM, so many are left for each row and head.
     fill = 2 * sms // (num_rows * num_kv_heads)
     if fill >= 16:
         splits, split_tokens = 1 << fill.bit_length() - 1, 128
-        tile, byte_tile = _Tile(64, 4, 3), _Tile(64, 4, 2)
+    elif fill >= 4:
+        splits, split_tokens = 8, 128
     elif fill >= 1:
-        splits, split_tokens = (8, 128) if fill >= 4 else (4, 256)
-        tile, byte_tile = _Tile(32, 2, 4), _Tile(64, 4, 2)
-    else:
-        # Splits only for rows that are very long; programs so small that many fit on an SM, for the
-        # begin of one hides behind the others.
+        splits, split_tokens = 4, 256
+    else:  # splits only for rows that are very long
         splits, split_tokens = 4, 2048
-        tile, byte_tile = _Tile(32, 2, 3), _Tile(64, 2, 3)
+    block_n, num_stages = 64, 3
+    if 1 <= fill < 16 or (fill >= 16 and dtype.itemsize == 1):
+        num_stages = 2
     if head_dim > 128 or dtype.itemsize == 4:
-        tile = _Tile(32, 4, 2)
-    elif dtype.itemsize == 1:
-        tile = byte_tile
+        block_n, num_stages = 32, 2
     return DecodeConfig(
-        tile.block_n,
-        tile.num_warps,
-        tile.num_stages,
+        block_n,
+        num_warps=4,  # with two, tests on a GPU seem to have failed
+        num_stages=num_stages,
         max_splits=min(splits, triton.next_power_of_2(triton.cdiv(max_len, split_tokens))),
         split_tokens=split_tokens,
     )
