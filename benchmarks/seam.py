@@ -17,15 +17,15 @@ import multiprocessing
 import statistics
 import tempfile
 import time
+from multiprocessing.connection import Listener
 from pathlib import Path
 
 import numpy as np
 import torch
-import zmq
 from engines import make_engine
 from models import CONFIGS
 
-from sglang.addresses import bind_inbox, connect_outbox
+from sglang.addresses import connect
 from sglang.messages import (
     Decoder,
     FromWorker,
@@ -112,31 +112,28 @@ def decode_steps(num_rows: int, context: int, steps: int) -> tuple[dict[str, flo
     return clock.medians(), size
 
 
-def _echo(folder: str) -> None:
-    context = zmq.Context()
-    inbox = bind_inbox(context, f"ipc://{folder}/there")
-    outbox = connect_outbox(context, f"ipc://{folder}/back")
-    while (frame := inbox.recv()) != b"end":
-        outbox.send(frame)
+def _echo(path: str) -> None:
+    link = connect(path)
+    while (message := link.recv_bytes()) != b"end":
+        link.send_bytes(message)
 
 
 def round_trip(size: int, times: int = 500) -> float:
-    """µs for a message of that size to another process and back."""
+    """µs for a message of that size to another process and back, as between router and worker."""
     with tempfile.TemporaryDirectory() as folder:
-        context = zmq.Context()
-        inbox = bind_inbox(context, f"ipc://{folder}/back")
-        outbox = connect_outbox(context, f"ipc://{folder}/there")
-        process = multiprocessing.get_context("spawn").Process(target=_echo, args=(folder,))
-        process.start()
-        clock = Clock()
-        for _ in range(times):
-            clock.start()
-            outbox.send(bytes(size))
-            inbox.recv()
-            clock.lap("there and back")
-        outbox.send(b"end")
-        process.join()
-        context.destroy(linger=0)
+        path = f"{folder}/workers"
+        process = multiprocessing.get_context("spawn").Process(target=_echo, args=(path,))
+        with Listener(path, "AF_UNIX") as listener:
+            process.start()
+            link = listener.accept()
+            clock = Clock()
+            for _ in range(times):
+                clock.start()
+                link.send_bytes(bytes(size))
+                link.recv_bytes()
+                clock.lap("there and back")
+            link.send_bytes(b"end")
+            process.join()
     return clock.medians()["there and back"]
 
 

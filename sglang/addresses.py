@@ -1,12 +1,16 @@
-"""Where the processes of one server meet: ZeroMQ ipc:// sockets in a private folder.
+"""Where the processes of one server meet: sockets in a private folder.
 
-Each inbox is a PULL socket that its owner binds; whoever has something to say connects a PUSH
-socket to it. Two servers on one host never collide, since each has a folder of its own.
+Each inbox is a ZeroMQ PULL socket that its owner binds; whoever has something to say connects a
+PUSH socket to it. Router and model workers, who wait for each other at every step, have a plain
+Unix socket: there a message wakes one thread, where ZeroMQ's wakes three, its I/O threads among
+them. Two servers on one host never collide, since each has a folder of its own.
 """
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
+from multiprocessing.connection import Client, Connection
 
 import zmq
 
@@ -30,18 +34,15 @@ class Addresses:
         return self._ipc("router")
 
     @property
-    def results(self) -> str:
-        """In: WorkerReady, StepResult from the worker of rank 0, bound by the router."""
-        return self._ipc("results")
+    def workers(self) -> str:
+        """Of a Unix socket. In: WorkerReady, and StepResult from rank 0; out: StepPlan and its
+        payload. The router listens."""
+        return f"{self.folder}/workers"
 
     @property
     def detokenizer(self) -> str:
         """In: TokenBatch from the router."""
         return self._ipc("detokenizer")
-
-    def worker(self, rank: int) -> str:
-        """In: StepPlan (two frames) from the router."""
-        return self._ipc(f"worker{rank}")
 
 
 def bind_inbox(context: zmq.Context, address: str) -> zmq.Socket:
@@ -58,3 +59,12 @@ def connect_outbox(context: zmq.Context, address: str) -> zmq.Socket:
     socket.linger = 0
     socket.connect(address)
     return socket
+
+
+def connect(path: str) -> Connection:
+    """Waits for the other side to listen."""
+    while True:
+        try:
+            return Client(path, "AF_UNIX")
+        except (FileNotFoundError, ConnectionRefusedError):
+            time.sleep(0.01)

@@ -181,16 +181,14 @@ class StepPlan(Message):
     """Which of the rows that sample (an index into StepResult.tokens) a grammar constrains."""
 
 
-class Shutdown(Message):
-    """Last message to a worker: finish what was sent, then exit with code 0."""
-
-
-# --- model workers -> router (rank 0) ------------------------------------------------------------
+# --- model workers -> router ---------------------------------------------------------------------
 
 
 class WorkerReady(Message):
-    """Weights loaded, KV pool allocated, graphs captured."""
+    """Weights loaded, KV pool allocated, graphs captured. Every rank says so; only rank 0 says more
+    later."""
 
+    rank: int
     num_slots: int
     """KV slots in the pool."""
     max_running_requests: int
@@ -339,7 +337,7 @@ class TextBatch(Message):
 
 ToRouter = GenerateRequest | AbortRequest | FlushCache | GetStats | StartProfile | StopProfile
 ToTokenizerManager = EngineReady | FlushCacheReply | Stats | TextBatch
-ToWorker = StepPlan | StartProfile | StopProfile | Shutdown
+ToWorker = StepPlan | StartProfile | StopProfile
 FromWorker = WorkerReady | StepResult
 
 encode = msgspec.msgpack.Encoder().encode

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from multiprocessing.connection import Connection, Listener
+
 import zmq
 
 from sglang.addresses import Addresses, bind_inbox, connect_outbox
@@ -35,31 +37,41 @@ GRAMMAR_POLL_MS = 2
 class Workers:
     """The model workers, all ranks, as the router sees them: plans go out, results come back."""
 
-    def __init__(self, context: zmq.Context, addresses: Addresses, num_ranks: int) -> None:
-        self._results = bind_inbox(context, addresses.results)
-        self._plans = [connect_outbox(context, addresses.worker(r)) for r in range(num_ranks)]
+    def __init__(self, addresses: Addresses, num_ranks: int) -> None:
+        self._listener = Listener(addresses.workers, "AF_UNIX", backlog=num_ranks)
+        self._num_ranks = num_ranks
+        self._links: list[Connection] = []  # by rank
         self._decoder = Decoder(FromWorker)
 
     def wait_ready(self) -> WorkerReady:
-        ready = self._decoder.decode(self._results.recv())
-        assert isinstance(ready, WorkerReady)
-        return ready
+        """All of them; what they say of themselves is the same."""
+        links: dict[int, Connection] = {}
+        while True:
+            link = self._listener.accept()
+            ready = self._decoder.decode(link.recv_bytes())
+            assert isinstance(ready, WorkerReady)
+            links[ready.rank] = link
+            if len(links) == self._num_ranks:
+                self._listener.close()
+                self._links = [links[rank] for rank in range(self._num_ranks)]
+                return ready
 
     def send(self, plan: StepPlan, payload: bytes) -> None:
         """The same bytes to every rank."""
         header = encode(plan)
-        for socket in self._plans:
-            socket.send_multipart((header, payload), copy=False)
+        for link in self._links:
+            link.send_bytes(header)
+            link.send_bytes(payload)
 
     def tell(self, message: StartProfile | StopProfile) -> None:
-        for socket in self._plans:
-            socket.send(encode(message))
+        for link in self._links:
+            link.send_bytes(encode(message))
 
     def has_result(self) -> bool:
-        return bool(self._results.poll(0))
+        return self._links[0].poll()
 
     def recv(self) -> StepResult:
-        result = self._decoder.decode(self._results.recv())
+        result = self._decoder.decode(self._links[0].recv_bytes())
         assert isinstance(result, StepResult)
         return result
 
@@ -166,7 +178,7 @@ class Router:
 def run_router(args: ServerArgs, model: ModelConfig, addresses: Addresses) -> None:
     """Serves until its process is ended. It needs no more of the model than a few numbers."""
     context = zmq.Context()
-    workers = Workers(context, addresses, args.tp_size)
+    workers = Workers(addresses, args.tp_size)
     ready = workers.wait_ready()
     scheduler = Scheduler(
         num_slots=ready.num_slots,
