@@ -8,7 +8,8 @@ K and V come through rings of tiles in shared memory. Each stage of a ring has t
 completes when the tile has come, `free` when both groups are done with it. A barrier completes
 again and again, and who waits for it names the parity of the lap: in lap n of a ring the groups
 wait for `ready` of lap n, the loader for `free` of lap n - 1, which a new barrier takes for done if
-n is 0. The queries, and what is to be done with them, are handed over like a ring's only stage.
+n is 0. The queries, and what is to be done with them, have a ring too: short rows have few keys,
+and the next tile should be there when the last one is done.
 
 The queries of a tile meet the keys around their own first, the only ones with a causal mask; then
 the prefix from its end, where a tile may be partly empty; then the new tokens before their own.
@@ -75,7 +76,7 @@ def usable(q: torch.Tensor, k_cache: torch.Tensor, window: int, max_q_len: int) 
 
 
 class Ring(NamedTuple):
-    tiles: gl.shared_memory_descriptor  # [stages, rows, D]; of queries the two halves, one stage
+    tiles: gl.shared_memory_descriptor  # [stages, BLOCK, D]
     ready: gl.shared_memory_descriptor  # int64 [stages, 1]
     free: gl.shared_memory_descriptor  # int64 [stages, 1]
 
@@ -97,16 +98,16 @@ def _stage(ring, turn):
 
 
 @gluon.jit
-def _put(item, fields):
+def _put(items, lap, fields):
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     for i in gl.static_range(FIELDS):
-        item.index(i).store(gl.full([1], fields[i], gl.int32, layout))
+        items.index(lap % STAGES * FIELDS + i).store(gl.full([1], fields[i], gl.int32, layout))
 
 
 @gluon.jit
-def _get(item, i: gl.constexpr):
+def _get(items, lap, i: gl.constexpr):
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    return gl.max(item.index(i).load(layout), 0)
+    return gl.max(items.index(lap % STAGES * FIELDS + i).load(layout), 0)
 
 
 @gluon.jit
@@ -143,16 +144,14 @@ def _gathered(pending: gl.constexpr, keys, values, turn):
 @gluon.jit
 def _load(
     q_ptr, new_k, new_v, k_ptr, v_ptr, table_ptr, rows_ptr, q_starts_ptr, lens_ptr, next_ptr,
-    q_stride, kv_stride, table_stride, num_rows, item, queries, keys, values,
+    q_stride, kv_stride, table_stride, num_rows, items, queries, keys, values,
     HEADS: gl.constexpr, GROUP: gl.constexpr, PACK: gl.constexpr, ROWS_PADDED: gl.constexpr,
 ):  # fmt: skip
     """Take one tile of one head (or PACK heads) after the other, and load what it needs."""
     TOKENS: gl.constexpr = BLOCK // PACK
-    HALF: gl.constexpr = BLOCK // 2
     D: gl.constexpr = keys.tiles.shape[2]
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     n = gl.arange(0, BLOCK, layout=gl.SliceLayout(1, LAYOUT))
-    m = gl.arange(0, HALF, layout=gl.SliceLayout(1, LAYOUT))
     r = gl.arange(0, ROWS_PADDED, layout=gl.BlockedLayout([1], [32], [4], [0]))
     starts = gl.load(q_starts_ptr + r, mask=r < num_rows, other=0)
     ends = gl.load(q_starts_ptr + r + 1, mask=r < num_rows, other=0)
@@ -178,16 +177,14 @@ def _load(
         _copy(keys, turn, new_k, q_start + own * BLOCK, column)
         _copy(values, turn, new_v, q_start + own * BLOCK, column)
         turn += 1
-        mbarrier.wait(queries.free.index(0), lap & 1 ^ 1)
-        _put(item, (head, q_start, q_len, first, prefix))
-        for half in gl.static_range(2):
-            i = half * HALF + m
-            token = q_start + gl.minimum(first + i // PACK, q_len - 1)
-            at = token.to(gl.int64) * q_stride + (head * PACK + i % PACK) * D
-            _gather(queries.tiles.index(half), q_ptr, at, LAYOUT)
+        q, ready, free, parity = _stage(queries, lap)
+        mbarrier.wait(free, parity ^ 1)
+        _put(items, lap, (head, q_start, q_len, first, prefix))
+        token = q_start + gl.minimum(first + n // PACK, q_len - 1)
+        _gather(q, q_ptr, token.to(gl.int64) * q_stride + (head * PACK + n % PACK) * D, LAYOUT)
         async_copy.wait_group(0)
         fence_async_shared()
-        mbarrier.arrive(queries.ready.index(0))
+        mbarrier.arrive(ready)
         lap += 1
         old = gl.cdiv(prefix, BLOCK)
         for i in range(old):
@@ -213,9 +210,10 @@ def _load(
     # Every program has asked once in vain: the last one to ask leaves the counter as it was.
     if taken == num_tiles * HEADS + gl.num_programs(0) - 1:
         gl.store(next_ptr, 0)
-    mbarrier.wait(queries.free.index(0), lap & 1 ^ 1)
-    _put(item, (0, 0, 0, -1, 0))
-    mbarrier.arrive(queries.ready.index(0))
+    _, ready, free, parity = _stage(queries, lap)
+    mbarrier.wait(free, parity ^ 1)
+    _put(items, lap, (0, 0, 0, -1, 0))
+    mbarrier.arrive(ready)
 
 
 @gluon.jit
@@ -257,7 +255,7 @@ def _step(acc, weights, most, total, turn, q, keys, values, scale_log2, num_keys
 
 @gluon.jit
 def _multiply(
-    half: gl.constexpr, out_ptr, scale_log2, item, queries, keys, values,
+    half: gl.constexpr, out_ptr, scale_log2, items, queries, keys, values,
     HEADS: gl.constexpr, PACK: gl.constexpr,
 ):  # fmt: skip
     """The attention of half of the rows of each tile that `_load` hands over."""
@@ -267,15 +265,16 @@ def _multiply(
     A: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])  # of acc
     W: gl.constexpr = gl.DotOperandLayout(0, A, 2)  # of weights
     dtype: gl.constexpr = out_ptr.dtype.element_ty
-    q = queries.tiles.index(half)
     turn = 0
     lap = 0
     mbarrier.wait(queries.ready.index(0), 0)
-    first = _get(item, 3)
+    first = _get(items, 0, 3)
     while first >= 0:
-        head, q_start, q_len = _get(item, 0), _get(item, 1), _get(item, 2)
-        prefix = _get(item, 4)
+        head, q_start, q_len = _get(items, lap, 0), _get(items, lap, 1), _get(items, lap, 2)
+        prefix = _get(items, lap, 4)
         own = first // BLOCK
+        tile, _, q_free, _ = _stage(queries, lap)
+        q = tile.slice(half * ROWS, ROWS, 0)
         k, ready, free, parity = _stage(keys, turn)
         zeros = gl.zeros([ROWS, BLOCK], gl.float32, S)
         mbarrier.wait(ready, parity)
@@ -299,7 +298,7 @@ def _multiply(
                 acc, weights, most, total, turn, q, keys, values, scale_log2, None
             )
             turn += 1
-        mbarrier.arrive(queries.free.index(0))
+        mbarrier.arrive(q_free)
         v, ready, free, parity = _stage(values, turn)
         mbarrier.wait(ready, parity)
         product = warpgroup_mma(weights, v, acc, is_async=True)
@@ -314,8 +313,9 @@ def _multiply(
         mask = (token < q_len)[:, None]
         gl.store(out_ptr + at[:, None] + d[None, :], acc.to(dtype), mask=mask)
         lap += 1
-        mbarrier.wait(queries.ready.index(0), lap & 1)
-        first = _get(item, 3)
+        _, ready, _, parity = _stage(queries, lap)
+        mbarrier.wait(ready, parity)
+        first = _get(items, lap, 3)
 
 
 # What varies from step to step, alignment included, must not compile a kernel anew.
@@ -349,23 +349,24 @@ def _extend_kernel(
     gdc_launch_dependents()
     gdc_wait()
     dtype: gl.constexpr = q_ptr.dtype.element_ty
-    tiles = gl.allocate_shared_memory(dtype, [2, BLOCK // 2, D], new_k.layout)
-    queries = Ring(tiles, _barriers(1, 1), _barriers(1, 2))
+    tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK, D], new_k.layout)
+    queries = Ring(tiles, _barriers(STAGES, 1), _barriers(STAGES, 2))
     tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK, D], new_k.layout)
     keys = Ring(tiles, _barriers(STAGES, 1), _barriers(STAGES, 2))
     tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK, D], new_k.layout)
     values = Ring(tiles, _barriers(STAGES, 1), _barriers(STAGES, 2))
-    item = gl.allocate_shared_memory(gl.int32, [FIELDS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    row: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    items = gl.allocate_shared_memory(gl.int32, [STAGES * FIELDS, 1], row)
     fence_async_shared()  # the barriers are there before anyone waits
     FIRST: gl.constexpr = 0
     SECOND: gl.constexpr = 1
     gl.warp_specialize(
         [
-            (_multiply, (FIRST, out_ptr, scale_log2, item, queries, keys, values, HEADS, PACK)),
-            (_multiply, (SECOND, out_ptr, scale_log2, item, queries, keys, values, HEADS, PACK)),
+            (_multiply, (FIRST, out_ptr, scale_log2, items, queries, keys, values, HEADS, PACK)),
+            (_multiply, (SECOND, out_ptr, scale_log2, items, queries, keys, values, HEADS, PACK)),
             (_load, (
                 q_ptr, new_k, new_v, k_ptr, v_ptr, table_ptr, rows_ptr, q_starts_ptr, lens_ptr,
-                next_ptr, q_stride, kv_stride, table_stride, num_rows, item, queries, keys, values,
+                next_ptr, q_stride, kv_stride, table_stride, num_rows, items, queries, keys, values,
                 HEADS, GROUP, PACK, ROWS_PADDED,
             )),
         ],

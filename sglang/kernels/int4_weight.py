@@ -76,7 +76,10 @@ def scale_and_zero(word):
 # Nibbles to numbers, four bytes at a time. A nibble in the low bits of a float16's mantissa, below
 # the exponent of 1024, is the number 1024 + q: one instruction makes two numbers, and one more
 # takes away 1024 and the zero point. bfloat16: 128 + q.
-# (Kim et al., "Who says elephants can't run", 2022.)
+# (Kim et al., "Who says elephants can't run", 2022.) In registers of two numbers each:
+#   $0 .. $3   of the low nibbles the numbers 0 1 and 2 3, of the high ones 0 1 and 2 3
+#   $4         the bytes
+#   $5 .. $8   what to add to $0 .. $3
 _FLOAT16_ASM = tl.constexpr("""{
 .reg .b32 a, b, s, k;
 mov.b32 k, 0x64006400;
@@ -111,6 +114,17 @@ fma.rn.bf16x2 $3, $3, s, $8;
 }""")
 # Early clobber: outputs are written before the last input is read.
 _CONSTRAINTS = tl.constexpr("=&r,=&r,=&r,=&r,r,r,r,r,r")
+
+
+def _and_multiply(unpack: tl.constexpr, kind: str) -> tl.constexpr:
+    """The same numbers times $9, those of the low nibbles, and $10."""
+    products = [f"mul.rn.{kind} ${i}, ${i}, ${9 + i // 2};" for i in range(4)]
+    return tl.constexpr("\n".join([unpack.value[:-1], *products, "}"]))
+
+
+DEQUANTIZE_FLOAT16 = _and_multiply(_FLOAT16_ASM, "f16x2")
+DEQUANTIZE_BFLOAT16 = _and_multiply(_BFLOAT16_ASM, "bf16x2")
+DEQUANTIZE_CONSTRAINTS = tl.constexpr(_CONSTRAINTS.value + ",r,r")
 
 
 @triton.jit
