@@ -98,10 +98,8 @@ def decode_config(
     sms = torch.cuda.get_device_properties(device).multi_processor_count
     heads = num_rows * num_kv_heads
     fill = 2 * sms // heads  # with two programs an SM, so many are left for each row and head
-    if fill >= 16:
+    if fill >= 4:
         splits, split_tokens = 16, 64
-    elif fill >= 4:
-        splits, split_tokens = 8, 128
     elif fill >= 1:
         splits, split_tokens = 4, 256
     else:  # splits only for rows that are very long
@@ -110,7 +108,7 @@ def decode_config(
     if head_dim > 128 or dtype.itemsize == 4:
         block_n, num_warps, num_stages = 32, 4, 2
     elif fill >= 1:
-        block_n, num_warps, num_stages = (64, 4, 2) if in_bytes else (32, 1, 4)
+        block_n, num_warps, num_stages = (64, 4, 2) if in_bytes else (32, 2 if fill >= 8 else 1, 4)
     elif heads < 12 * sms:
         block_n, num_warps, num_stages = 64, 2, 3 if in_bytes else 2
     else:  # programs so small that ten fit on an SM, for the begin of one hides behind the others
