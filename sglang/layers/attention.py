@@ -59,9 +59,9 @@ class Attention(nn.Module):
         positions: torch.Tensor,
         cos_sin: torch.Tensor,
         batch: Batch,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """x, residual [T, H] -> (attention of norm(x + residual), x + residual); the tokens' K and
-        V go into batch.kv_cache."""
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """x, residual [T, H] -> summands of x + residual + attention of norm(x + residual); the
+        tokens' K and V go into batch.kv_cache."""
         qkv, residual = self.qkv_proj.normed(x, residual, norm)
         k_cache, v_cache = batch.kv_cache.k[self.layer], batch.kv_cache.v[self.layer]
         q, k, v = rope_and_write_kv(
@@ -72,4 +72,4 @@ class Attention(nn.Module):
             self.eps,
         )  # fmt: skip
         out = batch.attention.forward(q, k, v, k_cache, v_cache, batch, self.scale, self.window)
-        return self.o_proj(out), residual
+        return self.o_proj.added(out, residual)

@@ -162,3 +162,12 @@ class RowParallelLinear(Linear):
         # The ranks' results are summed: one of them adds the bias.
         out = self.method.apply(self, x, self.bias if self.tp.rank == 0 else None)
         return self.tp.all_reduce(out)
+
+    def added(
+        self, x: torch.Tensor, residual: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """x [T, in], residual [T, out], which may be overwritten -> two summands (or one) of
+        residual + this layer of x: what the next norm takes."""
+        if self.tp.size > 1:
+            return self(x), residual
+        return self.method.apply_added(self, x, self.bias, residual)

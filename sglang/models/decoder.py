@@ -44,11 +44,11 @@ class MLP(nn.Module):
         self.gate_up_proj.readers.append(self.down_proj)
 
     def forward(
-        self, x: torch.Tensor, residual: torch.Tensor, norm: RMSNorm
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """x, residual [T, H] -> (the MLP of norm(x + residual), x + residual)."""
+        self, x: torch.Tensor, residual: torch.Tensor | None, norm: RMSNorm
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """x, residual [T, H] -> summands of x + residual + the MLP of norm(x + residual)."""
         x, residual = self.gate_up_proj.normed(x, residual, norm, gated=True)
-        return self.down_proj(x), residual
+        return self.down_proj.added(x, residual)
 
 
 class DecoderLayer(nn.Module):
@@ -77,8 +77,8 @@ class DecoderLayer(nn.Module):
         positions: torch.Tensor,
         cos_sin: torch.Tensor,
         batch: Batch,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The layer's input is x + residual, [T, H]; so is what it returns."""
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The layer's input is x + residual, [T, H]; so is what it returns. No residual is zero."""
         norm = self.input_layernorm
         x, residual = self.self_attn(x, residual, norm, positions, cos_sin, batch)
         return self.mlp(x, residual, self.post_attention_layernorm)

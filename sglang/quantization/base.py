@@ -65,6 +65,13 @@ class LinearMethod(ABC):
         out = self.apply(layer, x, bias)
         return silu_and_mul(out) if gated else out, residual
 
+    def apply_added(
+        self, layer: Linear, x: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """residual + apply(x), as two summands, or as one if a method adds on its way. It may
+        overwrite the residual."""
+        return self.apply(layer, x, bias), residual
+
     def finish(self, layer: Linear) -> None:  # noqa: B027
         """After loading: repack the layer's parameters into what `apply` wants."""
 

@@ -54,6 +54,13 @@ class Unquantized(LinearMethod, Quantization):
             return fused_linear(x, layer.weight, bias, residual, norm.weight, norm.eps, gated)
         return super().apply_normed(layer, x, bias, norm, residual, gated)
 
+    def apply_added(
+        self, layer: Linear, x: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if layer.packed is None and bias is None and not is_few(x):  # BLAS adds up as it goes
+            return residual.addmm_(x, layer.weight.t()), None
+        return super().apply_added(layer, x, bias, residual)
+
 
 def _onednn_can(dtype: torch.dtype) -> bool:
     if not torch.backends.mkldnn.is_available():
