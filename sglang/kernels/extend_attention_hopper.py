@@ -4,12 +4,8 @@ A program has three groups of four warps: one loads, two multiply, each with hal
 queries. While a group's weights meet their values, and the other group has its own products, the
 tensor cores form its next scores: what a softmax takes is hidden behind them.
 
-K and V come through rings of tiles in shared memory. Each stage of a ring has two barriers: `ready`
-completes when the tile has come, `free` when both groups are done with it. A barrier completes
-again and again, and who waits for it names the parity of the lap: in lap n of a ring the groups
-wait for `ready` of lap n, the loader for `free` of lap n - 1, which a new barrier takes for done if
-n is 0. The queries, and what is to be done with them, have a ring too: short rows have few keys,
-and the next tile should be there when the last one is done.
+K and V come through rings (hopper.py). The queries, and what is to be done with them, have a ring
+too: short rows have few keys, and the next tile should be there when the last one is done.
 
 The queries of a tile meet the keys around their own first, the only ones with a causal mask; then
 the prefix from its end, where a tile may be partly empty; then the new tokens before their own.
@@ -18,8 +14,6 @@ the prefix from its end, where a tile may be partly empty; then the new tokens b
 from __future__ import annotations
 
 import math
-from functools import cache
-from typing import NamedTuple
 
 import torch
 import triton
@@ -29,18 +23,24 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from sglang.kernels.hopper import (
+    Ring,
+    barriers,
+    load_tile,
+    multiprocessors,
+    room_for,
+    stage,
+    tiles_of,
+)
 from sglang.kernels.launch import counters
 
-# In Triton 3.9 both are `async_load`.
+# In Triton 3.9 it is `async_load`.
 load_rows = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
-load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 
 BLOCK = gl.constexpr(128)
 """Query rows of a tile, and keys of one."""
@@ -50,20 +50,11 @@ FIELDS = gl.constexpr(5)
 no more tiles), and the prefix' length."""
 
 
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    """0 if the kernel does not run there. Gluon is experimental: before 3.6 it was another."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
-        return 0
-    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    return torch.cuda.get_device_properties(device).multi_processor_count * (version >= (3, 6))
-
-
 def usable(q: torch.Tensor, k_cache: torch.Tensor, window: int, max_q_len: int) -> bool:
     """Whether the kernel can take these, and is likely to be the quicker one: it is where there is
     a full tile for almost every SM. A tile's keys are never shared out among programs."""
     num_tokens, num_q_heads, dim = q.shape
-    processors = _multiprocessors(q.device)
+    processors = multiprocessors(q.device)
     return (
         processors > 0
         and q.dtype in (torch.float16, torch.bfloat16)
@@ -73,28 +64,6 @@ def usable(q: torch.Tensor, k_cache: torch.Tensor, window: int, max_q_len: int) 
         and max_q_len >= 512
         and num_tokens * num_q_heads >= 0.9 * processors * BLOCK.value
     )
-
-
-class Ring(NamedTuple):
-    tiles: gl.shared_memory_descriptor  # [stages, BLOCK, D]
-    ready: gl.shared_memory_descriptor  # int64 [stages, 1]
-    free: gl.shared_memory_descriptor  # int64 [stages, 1]
-
-
-@gluon.jit
-def _barriers(count: gl.constexpr, arrivals: gl.constexpr):
-    barriers = gl.allocate_shared_memory(gl.int64, [count, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(count):
-        mbarrier.init(barriers.index(i), count=arrivals)
-    return barriers
-
-
-@gluon.jit
-def _stage(ring, turn):
-    """The stage whose turn it is: tile, ready, free, and the parity of the lap."""
-    stages: gl.constexpr = ring.tiles.shape[0]
-    i = turn % stages
-    return ring.tiles.index(i), ring.ready.index(i), ring.free.index(i), turn // stages & 1
 
 
 @gluon.jit
@@ -118,7 +87,7 @@ def _add(a, b):
 @gluon.jit
 def _copy(ring, turn, source, row, column):
     """New tokens: a tile of a tensor, by the copy engine, which arrives at `ready` itself."""
-    tile, ready, free, parity = _stage(ring, turn)
+    tile, ready, free, parity = stage(ring, turn)
     mbarrier.wait(free, parity ^ 1)
     mbarrier.expect(ready, source.block_type.nbytes)
     load_tile(source, [row, column], ready, tile)
@@ -137,8 +106,8 @@ def _gathered(pending: gl.constexpr, keys, values, turn):
     """All but the newest `pending` gathers are in shared memory, where tensor cores see them."""
     async_copy.wait_group(pending)
     fence_async_shared()
-    mbarrier.arrive(_stage(keys, turn)[1])
-    mbarrier.arrive(_stage(values, turn)[1])
+    mbarrier.arrive(stage(keys, turn)[1])
+    mbarrier.arrive(stage(values, turn)[1])
 
 
 @gluon.jit
@@ -177,7 +146,7 @@ def _load(
         _copy(keys, turn, new_k, q_start + own * BLOCK, column)
         _copy(values, turn, new_v, q_start + own * BLOCK, column)
         turn += 1
-        q, ready, free, parity = _stage(queries, lap)
+        q, ready, free, parity = stage(queries, lap)
         mbarrier.wait(free, parity ^ 1)
         _put(items, lap, (head, q_start, q_len, first, prefix))
         token = q_start + gl.minimum(first + n // PACK, q_len - 1)
@@ -191,12 +160,12 @@ def _load(
             key = (old - 1 - i) * BLOCK + n
             slots = gl.load(table + gl.minimum(key, prefix - 1))
             slot_at = slots.to(gl.int64) * kv_stride + column
-            k, _, free, parity = _stage(keys, turn)
+            k, _, free, parity = stage(keys, turn)
             mbarrier.wait(free, parity ^ 1)
             _gather(k, k_ptr, slot_at, LAYOUT)
             if i > 0:  # one turn late, so that the next gather has begun
                 _gathered(1, keys, values, turn - 1)
-            v, _, free, parity = _stage(values, turn)
+            v, _, free, parity = stage(values, turn)
             mbarrier.wait(free, parity ^ 1)
             _gather(v, v_ptr, slot_at, LAYOUT)
             turn += 1
@@ -210,7 +179,7 @@ def _load(
     # Every program has asked once in vain: the last one to ask leaves the counter as it was.
     if taken == num_tiles * HEADS + gl.num_programs(0) - 1:
         gl.store(next_ptr, 0)
-    _, ready, free, parity = _stage(queries, lap)
+    _, ready, free, parity = stage(queries, lap)
     mbarrier.wait(free, parity ^ 1)
     _put(items, lap, (0, 0, 0, -1, 0))
     mbarrier.arrive(ready)
@@ -234,8 +203,8 @@ def _step(acc, weights, most, total, turn, q, keys, values, scale_log2, num_keys
     """
     S: gl.constexpr = most.type.layout.parent
     W: gl.constexpr = weights.type.layout
-    k, k_ready, k_free, k_parity = _stage(keys, turn + 1)
-    v, v_ready, v_free, v_parity = _stage(values, turn)
+    k, k_ready, k_free, k_parity = stage(keys, turn + 1)
+    v, v_ready, v_free, v_parity = stage(values, turn)
     zeros = gl.zeros([BLOCK // 2, BLOCK], gl.float32, S)
     mbarrier.wait(k_ready, k_parity)
     scores = warpgroup_mma(q, k.permute((1, 0)), zeros, use_acc=False, is_async=True)
@@ -273,9 +242,9 @@ def _multiply(
         head, q_start, q_len = _get(items, lap, 0), _get(items, lap, 1), _get(items, lap, 2)
         prefix = _get(items, lap, 4)
         own = first // BLOCK
-        tile, _, q_free, _ = _stage(queries, lap)
+        tile, _, q_free, _ = stage(queries, lap)
         q = tile.slice(half * ROWS, ROWS, 0)
-        k, ready, free, parity = _stage(keys, turn)
+        k, ready, free, parity = stage(keys, turn)
         zeros = gl.zeros([ROWS, BLOCK], gl.float32, S)
         mbarrier.wait(ready, parity)
         scores = warpgroup_mma(q, k.permute((1, 0)), zeros, use_acc=False, is_async=True)
@@ -299,7 +268,7 @@ def _multiply(
             )
             turn += 1
         mbarrier.arrive(q_free)
-        v, ready, free, parity = _stage(values, turn)
+        v, ready, free, parity = stage(values, turn)
         mbarrier.wait(ready, parity)
         product = warpgroup_mma(weights, v, acc, is_async=True)
         acc, weights = warpgroup_mma_wait(0, deps=(product, weights))
@@ -313,7 +282,7 @@ def _multiply(
         mask = (token < q_len)[:, None]
         gl.store(out_ptr + at[:, None] + d[None, :], acc.to(dtype), mask=mask)
         lap += 1
-        _, ready, _, parity = _stage(queries, lap)
+        _, ready, _, parity = stage(queries, lap)
         mbarrier.wait(ready, parity)
         first = _get(items, lap, 3)
 
@@ -348,13 +317,9 @@ def _extend_kernel(
 ):
     gdc_launch_dependents()
     gdc_wait()
-    dtype: gl.constexpr = q_ptr.dtype.element_ty
-    tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK, D], new_k.layout)
-    queries = Ring(tiles, _barriers(STAGES, 1), _barriers(STAGES, 2))
-    tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK, D], new_k.layout)
-    keys = Ring(tiles, _barriers(STAGES, 1), _barriers(STAGES, 2))
-    tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK, D], new_k.layout)
-    values = Ring(tiles, _barriers(STAGES, 1), _barriers(STAGES, 2))
+    queries = Ring(room_for(new_k, STAGES), barriers(STAGES, 1), barriers(STAGES, 2))
+    keys = Ring(room_for(new_k, STAGES), barriers(STAGES, 1), barriers(STAGES, 2))
+    values = Ring(room_for(new_v, STAGES), barriers(STAGES, 1), barriers(STAGES, 2))
     row: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     items = gl.allocate_shared_memory(gl.int32, [STAGES * FIELDS, 1], row)
     fence_async_shared()  # the barriers are there before anyone waits
@@ -391,19 +356,14 @@ def extend_attention_hopper(
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`extend_attention` of arguments that are `usable`."""
-    (num_tokens, num_q_heads, dim), num_kv_heads = q.shape, k.shape[1]
+    (_, num_q_heads, dim), num_kv_heads = q.shape, k.shape[1]
     if out is None:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     group = num_q_heads // num_kv_heads
     pack = math.gcd(group, 2)  # heads that share a tile read their keys once
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-
-    def tiles_of(x: torch.Tensor) -> TensorDescriptor:
-        shape, strides = [num_tokens, num_kv_heads * dim], [x.stride(0), 1]
-        return TensorDescriptor(x, shape, strides, [BLOCK.value, dim], layout)
-
-    _extend_kernel[(_multiprocessors(q.device),)](
-        q, tiles_of(k), tiles_of(v), k_cache, v_cache, slot_table, rows, q_starts, kv_lens,
+    new_k, new_v = (tiles_of(x.flatten(1), [BLOCK.value, dim]) for x in (k, v))
+    _extend_kernel[(multiprocessors(q.device),)](
+        q, new_k, new_v, k_cache, v_cache, slot_table, rows, q_starts, kv_lens,
         out, counters(q.device, 1),
         q.stride(0), k_cache.stride(0), slot_table.stride(0),
         scale * math.log2(math.e), len(rows),

@@ -5,9 +5,9 @@ cores, which are kept busy meanwhile. A program has three groups of four warps: 
 multiply, each 64 outputs (the product is transposed, out^T = W x^T) with BLOCK_M tokens. Both
 operands come from shared memory, the sums stay in registers.
 
-Rings and their barriers are those of extend_attention_hopper.py. The one between the groups has
-stages that are copied (inputs) and dequantized (weights): its `ready` takes two arrivals. The one
-of packed weights is the loading group's own, which needs no `free`.
+There are two rings (hopper.py). The one between the groups has stages that are copied (inputs) and
+dequantized (weights): its `ready` takes two arrivals. The one of packed weights is the loading
+group's own, which needs no `free`.
 
 Programs are persistent. What does not fill them evenly, the tiles behind the last full round, is
 split along K; the last program of a tile to arrive adds up, always in the same order.
@@ -29,15 +29,23 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from sglang.kernels.extend_attention_hopper import _barriers, load_tile
-from sglang.kernels.extend_attention_hopper import _multiprocessors as multiprocessors
+from sglang.kernels.hopper import (
+    PairRing,
+    barriers,
+    inside,
+    load_tile,
+    multiprocessors,
+    pair_stage,
+    room_for,
+    tiles_of,
+)
 from sglang.kernels.int4_weight import (
     DEQUANTIZE_BFLOAT16,
     DEQUANTIZE_CONSTRAINTS,
     DEQUANTIZE_FLOAT16,
+    MANY_TOKENS,
     Int4Weight,
 )
 from sglang.kernels.launch import counters
@@ -56,13 +64,6 @@ HALF = gl.constexpr(64)
 PACKED_STAGES = gl.constexpr(4)
 
 
-class Ring(NamedTuple):
-    tiles: gl.shared_memory_descriptor  # inputs [stages, BLOCK_M, HALF]; packed [.., BLOCK_N, 16]
-    others: gl.shared_memory_descriptor  # weights [stages, BLOCK_N, HALF]; scales [.., .., BLOCK_N]
-    ready: gl.shared_memory_descriptor  # int64 [stages, 1]
-    free: gl.shared_memory_descriptor  # int64 [stages, 1]; packed weights have no use for one
-
-
 class Plan(NamedTuple):
     """Items 0 .. `whole` - 1 are tiles, all others are parts of one, `splits` of each."""
 
@@ -72,22 +73,6 @@ class Plan(NamedTuple):
     items: gl.tensor
     whole: gl.tensor
     splits: gl.tensor
-
-
-@gluon.jit
-def _room_for(source, count: gl.constexpr):
-    """A ring's tiles, of a descriptor."""
-    shape: gl.constexpr = [count, source.block_shape[0], source.block_shape[1]]
-    return gl.allocate_shared_memory(source.dtype, shape, source.layout)
-
-
-@gluon.jit
-def _stage(ring, turn):
-    """The stage whose turn it is: tile, other tile, ready, free, and the parity of the lap."""
-    stages: gl.constexpr = ring.tiles.shape[0]
-    i = turn % stages
-    lap = turn // stages & 1
-    return ring.tiles.index(i), ring.others.index(i), ring.ready.index(i), ring.free.index(i), lap
 
 
 @gluon.jit
@@ -108,13 +93,6 @@ def _tile(item, plan, BLOCK_M: gl.constexpr):
     place = tile % (HEIGHT * tiles_n)
     m = (band * HEIGHT + place % height) * BLOCK_M
     return m, place // height * BLOCK_N, first, end, split
-
-
-@gluon.jit
-def _inside(first, size, block: gl.constexpr):
-    """A last tile begins early rather than end late: what lies beyond a tensor's end costs the copy
-    engine more. It stores only what is its own."""
-    return gl.maximum(gl.minimum(first, size - block), 0)
 
 
 PART = gl.constexpr(gl.BlockedLayout([1, 8], [32, 1], [4, 1], [1, 0]))
@@ -167,7 +145,7 @@ def _weights(words, scales, first: gl.constexpr, GROUP: gl.constexpr, dtype: gl.
 
 @gluon.jit
 def _copy_packed(words, scales, packed, turn, step, n, GROUP: gl.constexpr):
-    tile, groups, ready, _, _ = _stage(packed, turn)
+    tile, groups, ready, _, _ = pair_stage(packed, turn)
     mbarrier.expect(ready, words.block_type.nbytes + scales.block_type.nbytes)
     load_tile(words, [n, step * (STEP // 8)], ready, tile)
     load_tile(scales, [step * STEP // GROUP, n], ready, groups)
@@ -184,18 +162,18 @@ def _load(x, words, scales, packed, stages, plan, GROUP: gl.constexpr):
     turn = 0
     for item in range(gl.program_id(0), plan.items, gl.num_programs(0)):
         own_m, own_n, first, end, _split = _tile(item, plan, BLOCK_M)
-        m = _inside(own_m, plan.num_tokens, BLOCK_M)
-        n = _inside(own_n, plan.n, BLOCK_N)
+        m = inside(own_m, plan.num_tokens, BLOCK_M)
+        n = inside(own_n, plan.n, BLOCK_N)
         for step in range(first, gl.minimum(first + PACKED_STAGES, end)):
             _copy_packed(words, scales, packed, turn + step - first, step, n, GROUP)
         for step in range(first, end):
-            tile, groups, ready, _, parity = _stage(packed, turn)
+            tile, groups, ready, _, parity = pair_stage(packed, turn)
             mbarrier.wait(ready, parity)
             parts = tile.load(WORDS).reshape([BLOCK_N, 2, 8]).permute((0, 2, 1)).split()
             step_scales = groups.load(SCALES)
             for i in gl.static_range(2):
                 pairs = _weights(parts[i], step_scales, i * HALF, GROUP, x.dtype)
-                inputs, weights, ready, free, parity = _stage(stages, turn * 2 + i)
+                inputs, weights, ready, free, parity = pair_stage(stages, turn * 2 + i)
                 mbarrier.wait(free, parity ^ 1)
                 mbarrier.expect(ready, x.block_type.nbytes)
                 load_tile(x, [m, step * STEP + i * HALF], ready, inputs)
@@ -274,22 +252,22 @@ def _multiply(half: gl.constexpr, bias_ptr, out_ptr, partial_ptr, arrived_ptr, s
     turn = 0
     for item in range(gl.program_id(0), plan.items, gl.num_programs(0)):
         own_m, own_n, first, end, split = _tile(item, plan, BLOCK_M)
-        m = _inside(own_m, plan.num_tokens, BLOCK_M)
-        n = _inside(own_n, plan.n, BLOCK_N) + half * HALF
+        m = inside(own_m, plan.num_tokens, BLOCK_M)
+        n = inside(own_n, plan.n, BLOCK_N) + half * HALF
         acc = gl.zeros([HALF, BLOCK_M], gl.float32, ACC)
         if bias_ptr is not None:
             bias = gl.load(bias_ptr + n + outputs).to(gl.float32)
             acc += gl.where(first == 0, bias, 0.0)[:, None]
         for step in range(first * 2, end * 2):
-            inputs, weights, ready, _free, parity = _stage(stages, turn)
+            inputs, weights, ready, _free, parity = pair_stage(stages, turn)
             weights = weights.slice(half * HALF, HALF, 0)
             mbarrier.wait(ready, parity)
             acc = warpgroup_mma(weights, inputs.permute((1, 0)), acc, is_async=True)
             acc = warpgroup_mma_wait(1, deps=(acc,))
-            mbarrier.arrive(_stage(stages, turn - 1)[3], pred=step > first * 2)
+            mbarrier.arrive(pair_stage(stages, turn - 1)[3], pred=step > first * 2)
             turn += 1
         acc = warpgroup_mma_wait(0, deps=(acc,))
-        mbarrier.arrive(_stage(stages, turn - 1)[3])
+        mbarrier.arrive(pair_stage(stages, turn - 1)[3])
         if item < plan.whole:
             _store(acc.to(out_ptr.dtype.element_ty), out_ptr, m, n, own_m, own_n, plan)
         else:
@@ -319,10 +297,11 @@ def _int4_kernel(
 ):
     gdc_launch_dependents()
     gdc_wait()
+    # inputs [STAGES, BLOCK_M, HALF], weights [STAGES, BLOCK_N, HALF]
     weights = gl.allocate_shared_memory(x.dtype, [STAGES, BLOCK_N, HALF], x.layout)
-    stages = Ring(_room_for(x, STAGES), weights, _barriers(STAGES, 2), _barriers(STAGES, 2))
-    ready = _barriers(PACKED_STAGES, 1)
-    packed = Ring(_room_for(words, PACKED_STAGES), _room_for(scales, PACKED_STAGES), ready, ready)
+    stages = PairRing(room_for(x, STAGES), weights, barriers(STAGES, 2), barriers(STAGES, 2))
+    ready = barriers(PACKED_STAGES, 1)
+    packed = PairRing(room_for(words, PACKED_STAGES), room_for(scales, PACKED_STAGES), ready, ready)
     fence_async_shared()  # the barriers are there before anyone waits
     plan = Plan(num_tokens, n, steps, items, whole, splits)
     FIRST: gl.constexpr = 0
@@ -341,8 +320,6 @@ def _int4_kernel(
 TILES = {256: 3, 128: 5}
 """Tokens of a tile, and how many stages shared memory then has room for. With 64 tokens a stage
 would wait for its weights, and int4.py's kernel is quicker."""
-MOST_TOKENS = 2048
-"""With more, cuBLAS gains more than it takes to dequantize first."""
 
 # Microseconds, measured on an H200 at the shapes of Llama-2-7B: of a launch, of STEP inputs, and of
 # a token's sums, those of a part to write and those of each part to read.
@@ -388,7 +365,7 @@ def usable(x: torch.Tensor, w: Int4Weight) -> bool:
     return (
         multiprocessors(x.device) > 0
         and x.dtype in (torch.float16, torch.bfloat16)
-        and min(TILES) <= len(x) <= MOST_TOKENS
+        and min(TILES) <= len(x) <= MANY_TOKENS
         and n >= BLOCK_N.value
         and n % 8 == 0
         and k % STEP.value == 0
@@ -404,8 +381,6 @@ def int4_hopper_linear(
 ) -> torch.Tensor:
     """x [T, K] -> [T, N] in x's dtype, accumulated in float32, of arguments that are `usable`."""
     num_tokens, n, k = x.shape[0], w.packed.shape[0], w.num_inputs
-    if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:  # what descriptors can't
-        x = x.clone(memory_format=torch.contiguous_format)
     processors = multiprocessors(x.device)
     config = config or choose_config(num_tokens, n, k, processors)
     whole, rest = config.shares(num_tokens, n, processors)
@@ -414,12 +389,8 @@ def int4_hopper_linear(
     partial = out.new_empty((items - whole) * config.block_m * BLOCK_N.value, dtype=torch.float32)
     groups = max(STEP.value // w.group_size, 1)
 
-    def tiles_of(t: torch.Tensor, block: list[int], swizzle: int) -> TensorDescriptor:
-        layout = gl.NVMMASharedLayout(swizzle, t.element_size() * 8, rank=2)
-        return TensorDescriptor(t, list(t.shape), list(t.stride()), block, layout)
-
     _int4_kernel[(min(items, processors),)](
-        tiles_of(x, [config.block_m, HALF.value], 128),
+        tiles_of(x, [config.block_m, HALF.value]),
         tiles_of(w.packed.view(torch.int32), [BLOCK_N.value, STEP.value // 8], 64),
         tiles_of(w.scales, [groups, BLOCK_N.value], 0),
         bias, out, partial, counters(x.device, 2 * rest),

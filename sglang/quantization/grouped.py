@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from sglang.kernels.int4 import int4_linear
+from sglang.kernels.gated_linear import gated_linear
+from sglang.kernels.int4 import dequantize_int4_triton, int4_linear
 from sglang.kernels.int4_gemv import MAX_TOKENS, int4_fused_linear
-from sglang.kernels.int4_weight import Int4Weight, pack_int4, pack_scales
+from sglang.kernels.int4_weight import MANY_TOKENS, Int4Weight, pack_int4, pack_scales
 from sglang.quantization.base import LinearMethod, StoredTensor
 from sglang.quantization.cpu import CPULinear
 from sglang.quantization.schemes import Scheme
@@ -126,9 +127,24 @@ class GroupedLinear(LinearMethod):
         residual: torch.Tensor | None,
         gated: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if layer.int4 is None or layer.input_order is not None or len(x) > MAX_TOKENS:
-            return super().apply_normed(layer, x, bias, norm, residual, gated)
-        return int4_fused_linear(x, layer.int4, bias, residual, norm.weight, norm.eps, gated)
+        if self._is_plain(layer) and len(x) <= MAX_TOKENS:
+            return int4_fused_linear(x, layer.int4, bias, residual, norm.weight, norm.eps, gated)
+        if self._is_plain(layer, bias) and len(x) > MANY_TOKENS and gated:
+            x, residual = norm(x, residual)
+            return gated_linear(x, dequantize_int4_triton(layer.int4, x.dtype)), residual
+        return super().apply_normed(layer, x, bias, norm, residual, gated)
+
+    def apply_added(
+        self, layer: Linear, x: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if self._is_plain(layer, bias) and len(x) > MANY_TOKENS:
+            return residual.addmm_(x, dequantize_int4_triton(layer.int4, x.dtype).t()), None
+        return super().apply_added(layer, x, bias, residual)
+
+    @staticmethod
+    def _is_plain(layer: Linear, bias: torch.Tensor | None = None) -> bool:
+        """4-bit weights on a GPU, their inputs in order, no bias."""
+        return layer.int4 is not None and layer.input_order is None and bias is None
 
 
 class AWQLinear(GroupedLinear):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
+from sglang.kernels.gated_linear import gated_linear
 from sglang.kernels.gemv import fused_linear, is_few
 from sglang.quantization.base import LinearMethod, Quantization, StoredTensor
 
@@ -52,6 +53,9 @@ class Unquantized(LinearMethod, Quantization):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if is_few(x):
             return fused_linear(x, layer.weight, bias, residual, norm.weight, norm.eps, gated)
+        if gated and bias is None and layer.packed is None:
+            normed, total = norm(x, residual)
+            return gated_linear(normed, layer.weight), total
         return super().apply_normed(layer, x, bias, norm, residual, gated)
 
     def apply_added(

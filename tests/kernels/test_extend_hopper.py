@@ -13,7 +13,7 @@ from .common import DEVICE, GPU, assert_close, int32, randn
 hopper = dispatch.hopper
 
 pytestmark = pytest.mark.skipif(
-    not GPU or hopper is None or hopper._multiprocessors(torch.empty(0, device=DEVICE).device) == 0,
+    not GPU or hopper is None or hopper.multiprocessors(torch.empty(0, device=DEVICE).device) == 0,
     reason="needs a Hopper GPU and Gluon",
 )
 

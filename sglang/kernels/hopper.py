@@ -1,0 +1,95 @@
+"""What the Gluon kernels for Hopper GPUs share.
+
+Their programs have groups of warps: some load, the others multiply. What is loaded comes through
+rings of tiles in shared memory. Each stage of a ring has two barriers: `ready` completes when the
+tile has come, `free` when all who read it are done. A barrier completes again and again, and who
+waits for it names the parity of the lap: in lap n of a ring the readers wait for `ready` of lap n,
+the loader for `free` of lap n - 1, which a new barrier takes for done if n is 0.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+# In Triton 3.9 they are `async_load` and `async_store`.
+load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+store_tile = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """0 if the kernels do not run there. Gluon is experimental: before 3.6 it was another."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+        return 0
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    return torch.cuda.get_device_properties(device).multi_processor_count * (version >= (3, 6))
+
+
+def tiles_of(t: torch.Tensor, block: list[int], swizzle: int = 128) -> TensorDescriptor:
+    """How the copy engine finds tiles of a matrix, or of its copy, if it could not read this one.
+    `swizzle`: bytes, up to a tile's row, among which 16 at a time change places in shared memory,
+    so that those above one another lie in different banks."""
+    if t.stride(1) != 1 or t.stride(0) * t.element_size() % 16 or t.data_ptr() % 16:
+        t = t.clone(memory_format=torch.contiguous_format)
+    layout = gl.NVMMASharedLayout(swizzle, t.element_size() * 8, rank=2)
+    return TensorDescriptor(t, list(t.shape), list(t.stride()), block, layout)
+
+
+class Ring(NamedTuple):
+    tiles: gl.shared_memory_descriptor  # [stages, rows, columns]
+    ready: gl.shared_memory_descriptor  # int64 [stages, 1]
+    free: gl.shared_memory_descriptor  # int64 [stages, 1]
+
+
+class PairRing(NamedTuple):
+    """Two tiles a stage, those of inputs and of their weights, say."""
+
+    tiles: gl.shared_memory_descriptor  # [stages, rows, columns]
+    others: gl.shared_memory_descriptor  # [stages, rows, columns]
+    ready: gl.shared_memory_descriptor
+    free: gl.shared_memory_descriptor
+
+
+@gluon.jit
+def room_for(source, count: gl.constexpr):
+    """Shared memory for some tiles of a descriptor."""
+    shape: gl.constexpr = [count, source.block_shape[0], source.block_shape[1]]
+    return gl.allocate_shared_memory(source.dtype, shape, source.layout)
+
+
+@gluon.jit
+def barriers(count: gl.constexpr, arrivals: gl.constexpr):
+    made = gl.allocate_shared_memory(gl.int64, [count, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(count):
+        mbarrier.init(made.index(i), count=arrivals)
+    return made
+
+
+@gluon.jit
+def stage(ring, turn):
+    """The stage whose turn it is: tile, ready, free, and the parity of the lap."""
+    stages: gl.constexpr = ring.tiles.shape[0]
+    i = turn % stages
+    return ring.tiles.index(i), ring.ready.index(i), ring.free.index(i), turn // stages & 1
+
+
+@gluon.jit
+def pair_stage(ring, turn):
+    """Of a `PairRing`: tile, other tile, ready, free, and the parity of the lap."""
+    tile, ready, free, parity = stage(ring, turn)
+    return tile, ring.others.index(turn % ring.tiles.shape[0]), ready, free, parity
+
+
+@gluon.jit
+def inside(first, size, block: gl.constexpr):
+    """Where a tile begins that would begin at `first`: a last one begins early rather than end
+    late, as what lies beyond a tensor's end costs the copy engine more."""
+    return gl.maximum(gl.minimum(first, size - block), 0)
