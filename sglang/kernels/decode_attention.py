@@ -326,7 +326,8 @@ def decode_attention_triton(
         BLOCK_D=triton.next_power_of_2(dim),
         BLOCK_N=config.block_n,
         MAX_SPLITS=config.max_splits,
-        ROWS_PADDED=triton.next_power_of_2(num_rows),
+        # Two sizes do: each costs compiling the kernel anew.
+        ROWS_PADDED=16 if num_rows <= 16 else max(256, triton.next_power_of_2(num_rows)),
         PAIRS=pairs,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
