@@ -1,22 +1,24 @@
 """Calibration: a checkpoint's weights, rounded so that what layers make of real text stays near.
 
 The model runs once, in float32, over the text. A linear layer, when its turn comes, sees inputs
-that layers rounded before it made; it scales or rounds its weights, and passes outputs on:
+that layers rounded before it made; it scales and rounds its weights, and passes outputs on:
 
 * Inputs are divided by s [K], and the columns of the weights multiplied by it; what makes the
   inputs takes the division: the norm before them, or the rows of up_proj before down_proj. For
-  int8 weights and activations s is SmoothQuant's (Xiao et al., 2023), for 4-bit weights AWQ's (Lin
+  8-bit weights and activations s is SmoothQuant's (Xiao et al., 2023), for 4-bit weights AWQ's (Lin
   et al., 2023).
-* 4-bit weights are then rounded by GPTQ (Frantar et al., 2022), whichever their format: the error
-  of each column is made up for by the columns after it, which are not rounded yet.
+* Weights are then rounded by GPTQ (Frantar et al., 2022), whichever their format: the error of each
+  column is made up for by the columns after it, which are not rounded yet.
+* Activations, where the server will round them, are.
 
-In all that concerns 4 bits, tokens count alike, whatever their size: a few are a thousand times as
-large as the others, and would be all that weights were fitted to.
+In all but SmoothQuant's scales, tokens count alike, whatever their size: a few are a thousand times
+as large as the others, and would be all that weights were fitted to.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +28,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from sglang.attention.torch_native import TorchNativeAttention
+from sglang.kernels.quant_tokens import LARGEST, quantize_tokens_naive
 from sglang.layers.linear import GateUpLinear, Linear
 from sglang.layers.norm import RMSNorm
 from sglang.model_config import ModelConfig
@@ -45,6 +48,8 @@ AWQ_ALPHA = 0.4
 """How much of an input's size AWQ moves into the weights: one value for all layers, no search."""
 DAMPENING = 0.01
 """Added to the diagonal of GPTQ's Hessian, as a share of its mean."""
+BLOCK = 64
+"""Columns that GPTQ rounds before it touches those after them, where no groups say how many."""
 ROW = 256
 """Tokens that see each other."""
 MIN_TOKENS = 1024
@@ -77,6 +82,30 @@ class Int4:
         return list(map(Int4, *parts))
 
 
+@dataclass
+class EightBit:
+    """W[n, k] is near q[n, k] scales[n]."""
+
+    q: torch.Tensor
+    """int8 or float8_e4m3fn [N, K]."""
+    scales: torch.Tensor
+    """float32 [N]."""
+
+    def weight(self) -> torch.Tensor:
+        """float32 [N, K]."""
+        return self.q.float() * self.scales[:, None]
+
+    def divide_outputs(self, rows: slice, by: torch.Tensor) -> None:
+        self.scales[rows] /= by
+
+    def split(self, sizes: list[int]) -> list[EightBit]:
+        """By outputs."""
+        return list(map(EightBit, self.q.split(sizes), self.scales.split(sizes)))
+
+
+Rounded = Int4 | EightBit
+
+
 def int4_grid(group: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """float32 [..., a group's inputs] -> (scales, zeros) [...], whole numbers the latter, of the 16
     numbers (q - zero) scale that span it and 0."""
@@ -87,33 +116,82 @@ def int4_grid(group: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def round_to_int4(weight: torch.Tensor, group_size: int) -> Int4:
     """float32 [N, K], each weight to the nearest number."""
-    groups = weight.unflatten(1, (-1, group_size))  # [N, groups, group_size]
-    scales, zeros = int4_grid(groups)
+    scales, zeros = int4_grid(weight.unflatten(1, (-1, group_size)))
+    return _nearest_int4(weight, scales, zeros)
+
+
+def _nearest_int4(weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> Int4:
+    """float32 [N, K], scales and zeros [N, groups]."""
+    groups = weight.unflatten(1, (scales.shape[1], -1))
     q = ((groups / scales[:, :, None]).round() + zeros[:, :, None]).clamp(0, 15)
     return Int4(q.flatten(1).int(), scales.t(), zeros.t().int())
 
 
-def gptq(weight: torch.Tensor, x: torch.Tensor, group_size: int) -> Int4:
-    """float32 [N, K] and inputs [T, K], for whose outputs it is rounded; columns in their order."""
+def round_to_8_bits(weight: torch.Tensor, dtype: torch.dtype) -> EightBit:
+    """float32 [N, K], each weight to the nearest number in `dtype`, int8 or float8_e4m3fn."""
+    return EightBit(*quantize_tokens_naive(weight, dtype))
+
+
+def _nearest_8_bits(weight: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> EightBit:
+    """float32 [N, K], scales [N]."""
+    q = weight / scales[:, None]
+    q = q.round() if dtype == torch.int8 else q
+    return EightBit(q.clamp(-LARGEST[dtype], LARGEST[dtype]).to(dtype), scales)
+
+
+Nearest = Callable[[torch.Tensor], torch.Tensor]
+"""A column of weights, float32 [N] -> those that are nearest of the ones that there are."""
+
+
+def gptq(
+    weight: torch.Tensor, x: torch.Tensor, group_size: int, grid: Callable[[torch.Tensor], Nearest]
+) -> torch.Tensor:
+    """float32 [N, K] and inputs [T, K], for whose outputs it is rounded -> [N, K]; columns in their
+    order. grid: given what is left to round of a group, [N, group_size], says how its columns are.
+    """
     x = same_size(x)
     hessian = x.t() @ x
     hessian.diagonal().add_(DAMPENING * hessian.diagonal().mean() + 1e-6)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
     feedback = torch.linalg.cholesky(inverse, upper=True)  # [K, K]
     left = weight.t().contiguous()  # [K, N]: what is left to round, with the errors so far
-    q, scales, zeros = torch.empty_like(left), [], []
+    rounded = torch.empty_like(left)
     for start in range(0, len(left), group_size):
-        end = start + group_size
-        scale, zero = int4_grid(left[start:end].t())  # [N]
-        scales.append(scale)
-        zeros.append(zero)
-        errors = torch.empty_like(left[start:end])
+        group = left[start : start + group_size]
+        end = start + len(group)
+        nearest = grid(group.t())
+        errors = torch.empty_like(group)
         for k in range(start, end):
-            q[k] = ((left[k] / scale).round() + zero).clamp(0, 15)
-            errors[k - start] = (left[k] - (q[k] - zero) * scale) / feedback[k, k]
+            rounded[k] = nearest(left[k])
+            errors[k - start] = (left[k] - rounded[k]) / feedback[k, k]
             left[k + 1 : end].addr_(feedback[k, k + 1 : end], errors[k - start], alpha=-1)
         left[end:].addmm_(feedback[start:end, end:].t(), errors, alpha=-1)
-    return Int4(q.t().int(), torch.stack(scales), torch.stack(zeros).int())
+    return rounded.t()
+
+
+def gptq_to_int4(weight: torch.Tensor, x: torch.Tensor, group_size: int) -> Int4:
+    scales: list[torch.Tensor] = []
+    zeros: list[torch.Tensor] = []
+
+    def grid(group: torch.Tensor) -> Nearest:
+        scale, zero = int4_grid(group)  # [N]
+        scales.append(scale)
+        zeros.append(zero)
+        pair = (scale[:, None], zero[:, None])
+        return lambda column: _nearest_int4(column[:, None], *pair).weight()[:, 0]
+
+    rounded = gptq(weight, x, group_size, grid)
+    return _nearest_int4(rounded, torch.stack(scales, 1), torch.stack(zeros, 1))
+
+
+def gptq_to_8_bits(weight: torch.Tensor, x: torch.Tensor, dtype: torch.dtype) -> EightBit:
+    scales = round_to_8_bits(weight, dtype).scales
+
+    def nearest(column: torch.Tensor) -> torch.Tensor:
+        return _nearest_8_bits(column[:, None], scales, dtype).weight()[:, 0]
+
+    rounded = gptq(weight, x, BLOCK, lambda group: nearest)
+    return _nearest_8_bits(rounded, scales, dtype)
 
 
 def same_size(x: torch.Tensor) -> torch.Tensor:
@@ -134,13 +212,53 @@ def awq_scales(x: torch.Tensor) -> torch.Tensor:
     return s / (s.max() * s.min()).sqrt()
 
 
+class Format(ABC):
+    """What becomes of a layer, of its inputs x [T, K] and its weight [N, K], float32."""
+
+    @abstractmethod
+    def scales(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """[K], by which inputs are to be divided."""
+
+    def inputs(self, x: torch.Tensor) -> torch.Tensor:
+        """What the server will make of them before they meet weights."""
+        return x
+
+    @abstractmethod
+    def round(self, weight: torch.Tensor, x: torch.Tensor) -> Rounded: ...
+
+
+@dataclass
+class FourBits(Format):
+    group_size: int
+
+    def scales(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return awq_scales(x)
+
+    def round(self, weight: torch.Tensor, x: torch.Tensor) -> Int4:
+        return gptq_to_int4(weight, x, self.group_size)
+
+
+@dataclass
+class EightBits(Format):
+    dtype: torch.dtype
+    """Of weights and activations: int8 or float8_e4m3fn."""
+
+    def scales(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return smoothquant_scales(x, weight)
+
+    def inputs(self, x: torch.Tensor) -> torch.Tensor:
+        return round_to_8_bits(x, self.dtype).weight()
+
+    def round(self, weight: torch.Tensor, x: torch.Tensor) -> EightBit:
+        return gptq_to_8_bits(weight, x, self.dtype)
+
+
 class Calibrated(LinearMethod):
     """Floating point, [N, K], until the layer is run for the first and only time: then it adapts
     its weights to the inputs."""
 
-    def __init__(self, group_size: int, progress: tqdm) -> None:
-        """group_size: of 4-bit weights; 0: weights and activations will be int8."""
-        self.group_size = group_size
+    def __init__(self, format: Format, progress: tqdm) -> None:
+        self.format = format
         self.progress = progress
         self.last: Linear | None = None  # the layer that was run before
 
@@ -148,21 +266,18 @@ class Calibrated(LinearMethod):
 
     def apply(self, layer: Linear, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         if isinstance(self.last, GateUpLinear):  # then this is down_proj
-            s = self._scales(x, layer.weight)
+            s = self.format.scales(x, layer.weight)
             up = slice(len(s), None)
-            if self.group_size:
-                self.last.int4.divide_outputs(up, s)
-            self.last.weight[up] /= s[:, None]
+            self.last.rounded.divide_outputs(up, s)
             if self.last.bias is not None:
                 self.last.bias[up] /= s
             layer.weight *= s
             x = x / s
-        if self.group_size:
-            layer.int4 = gptq(layer.weight, x, self.group_size)
-            layer.weight.copy_(layer.int4.weight())
+        x = self.format.inputs(x)
+        layer.rounded = self.format.round(layer.weight, x)
         self.last = layer
         self.progress.update()
-        return F.linear(x, layer.weight, bias)
+        return F.linear(x, layer.rounded.weight(), bias)
 
     def apply_normed(
         self,
@@ -173,47 +288,40 @@ class Calibrated(LinearMethod):
         residual: torch.Tensor | None,
         gated: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        s = self._scales(norm(x, residual)[0], layer.weight)
+        s = self.format.scales(norm(x, residual)[0], layer.weight)
         norm.weight /= s
         layer.weight *= s
         return super().apply_normed(layer, x, bias, norm, residual, gated)
 
-    def _scales(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return awq_scales(x) if self.group_size else smoothquant_scales(x, weight)
-
 
 @torch.no_grad()
 def calibrate(
-    config: ModelConfig, ids: Sequence[int], group_size: int
-) -> tuple[dict[str, torch.Tensor], dict[str, Int4]]:
-    """config: of a model in float32 on the CPU. group_size: of 4-bit weights, or 0 for int8.
+    config: ModelConfig, ids: Sequence[int], format: Format
+) -> tuple[dict[str, torch.Tensor], dict[str, Rounded]]:
+    """config: of a model in float32 on the CPU.
 
-    Returns tensors of the checkpoint that take the place of its own, by name; and layers in 4 bits,
-    by name without ".weight".
+    Returns tensors of the checkpoint that take the place of its own, by name; and layers, by name
+    without ".weight".
     """
     cpu = torch.device("cpu")
     model = Decoder(config, TensorParallel(), cpu)
     layers = [module for module in model.layers.modules() if isinstance(module, Linear)]
     with tqdm(total=len(layers), desc="Calibrating", unit="layer") as progress:
-        method = Calibrated(group_size, progress)
+        method = Calibrated(format, progress)
         for layer in layers:
             layer.method = method
         model.load(open_checkpoint(config))
         model(*_batch(config, ids))
 
     tensors: dict[str, torch.Tensor] = {}
-    rounded: dict[str, Int4] = {}
+    rounded: dict[str, Rounded] = {}
     for layer in layers:
         sizes = [part.out_features for part in layer.parts]
         names = [part.name for part in layer.parts]
         if layer.bias is not None:
             names_of_bias = [f"{name}.bias" for name in names]
             tensors |= zip(names_of_bias, layer.bias.split(sizes), strict=True)
-        if group_size:
-            rounded |= zip(names, layer.int4.split(sizes), strict=True)
-        else:
-            names = [f"{name}.weight" for name in names]
-            tensors |= zip(names, layer.weight.split(sizes), strict=True)
+        rounded |= zip(names, layer.rounded.split(sizes), strict=True)
     norms = [module for module in model.layers.modules() if isinstance(module, RMSNorm)]
     return tensors | {f"{norm.name}.weight": norm.weight for norm in norms}, rounded
 

@@ -1,7 +1,7 @@
 """Make a quantized checkpoint: python -m sglang.quantize --method awq|gptq|int8|fp8 IN OUT
 
 IN is a folder, a .gguf file or a hub id; "" is the demo model. Weights are rounded as
-`sglang.calibration` says; for fp8 or without calibration, each to the nearest number.
+`sglang.calibration` says; without calibration, each to the nearest number.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import torch
 from safetensors.torch import save_file
 
 from sglang import calibration
-from sglang.calibration import Int4, round_to_int4
-from sglang.kernels.quant_tokens import quantize_tokens_naive
+from sglang.calibration import EightBits, FourBits, Int4, Rounded, round_to_8_bits, round_to_int4
 from sglang.model_config import ModelConfig, _read_gguf
 from sglang.models.checkpoint import open_checkpoint
 from sglang.quantization.grouped import AWQLinear
+from sglang.quantization.w8a8 import DTYPES
 from sglang.server_args import ServerArgs
 from sglang.tokenizer import Tokenizer
 
@@ -47,20 +47,22 @@ def quantize(
     many = (size for size in sizes if 16 * size <= min(widths))
     group_size = group_size or next(many, (sizes or [0])[-1])
 
-    dtype = torch.float16 if method in ("awq", "gptq") else torch.bfloat16
-    changed, rounded = {}, {}
-    if text is not None and method != "fp8":  # whose numbers have no range to be smoothed into
+    eight_bits = DTYPES.get(method)
+    dtype = torch.bfloat16 if eight_bits else torch.float16
+    changed: dict[str, torch.Tensor] = {}
+    rounded: dict[str, Rounded] = {}
+    if text is not None:
         ids = Tokenizer.load(config, args).encode(text)
         if len(ids) < calibration.MIN_TOKENS:
             print(f"{len(ids)} tokens are too few to calibrate with: rounding to nearest")
         else:
-            grouped = group_size if method in ("awq", "gptq") else 0
-            changed, rounded = calibration.calibrate(config, ids, grouped)
+            format = EightBits(eight_bits) if eight_bits else FourBits(group_size)
+            changed, rounded = calibration.calibrate(config, ids, format)
     tensors: dict[str, torch.Tensor] = {}
     for name in sorted(checkpoint.names):
         layer = name.removesuffix(".weight")
         if layer in rounded:
-            tensors |= pack_int4(method, layer, rounded[layer])
+            tensors |= pack(method, layer, rounded[layer])
             continue
         weight = changed.get(name)
         if weight is None:
@@ -68,10 +70,10 @@ def quantize(
             checkpoint.load(weight, name)
         if not name.endswith("_proj.weight"):
             tensors[name] = weight.to(dtype)
-        elif method in ("int8", "fp8"):
-            tensors |= round_to_8_bits(method, layer, weight)
+        elif eight_bits:
+            tensors |= pack(method, layer, round_to_8_bits(weight, eight_bits))
         else:
-            tensors |= pack_int4(method, layer, round_to_int4(weight, group_size))
+            tensors |= pack(method, layer, round_to_int4(weight, group_size))
     folder = Path(target)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -84,11 +86,14 @@ def quantize(
     (folder / "config.json").write_text(json.dumps(values, indent=1))
 
 
-def round_to_8_bits(method: str, name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The tensors of a linear layer, weight float32 [N, K]."""
-    format = torch.int8 if method == "int8" else torch.float8_e4m3fn
-    q, scales = quantize_tokens_naive(weight, format)
-    return {f"{name}.weight": q, f"{name}.weight_scale": scales[:, None].contiguous()}
+def pack(method: str, name: str, weight: Rounded) -> dict[str, torch.Tensor]:
+    """The tensors of a linear layer."""
+    if isinstance(weight, Int4):
+        return pack_int4(method, name, weight)
+    return {
+        f"{name}.weight": weight.q.contiguous(),
+        f"{name}.weight_scale": weight.scales[:, None].contiguous(),
+    }
 
 
 def pack_int4(method: str, name: str, weight: Int4) -> dict[str, torch.Tensor]:

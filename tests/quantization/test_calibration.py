@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,9 +11,20 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from sglang.calibration import Int4, calibrate, gptq, round_to_int4
+from sglang.calibration import (
+    EightBit,
+    EightBits,
+    Format,
+    FourBits,
+    Int4,
+    Rounded,
+    calibrate,
+    round_to_8_bits,
+    round_to_int4,
+)  # fmt: skip
 from sglang.model_config import ModelConfig
-from sglang.quantize import pack_int4, quantize
+from sglang.quantization.w8a8 import DTYPES
+from sglang.quantize import METHODS, pack, quantize
 from sglang.server_args import ServerArgs
 from tests.models import tiny
 from tests.quantization.test_checkpoints import plain_awq, plain_gptq
@@ -23,26 +36,43 @@ def random_ids(count: int) -> list[int]:
     return torch.randint(99, (count,), generator=torch.manual_seed(2)).tolist()
 
 
-@pytest.mark.parametrize("group_size", [32, 64])
-def test_gptq_errs_less_than_rounding_to_nearest(group_size):
+FORMATS: list[tuple[Format, Callable[[torch.Tensor], Rounded]]] = [
+    (FourBits(32), lambda weight: round_to_int4(weight, 32)),
+    (FourBits(64), lambda weight: round_to_int4(weight, 64)),
+    *((EightBits(dtype), partial(round_to_8_bits, dtype=dtype)) for dtype in DTYPES.values()),
+]
+
+
+@pytest.mark.parametrize("format, nearest", FORMATS)
+def test_layers_of_rounded_inputs_err_less_than_with_the_nearest_weights(format, nearest):
     generator = torch.manual_seed(0)
-    x = torch.randn(2000, 40, generator=generator) @ torch.randn(40, 128, generator=generator)
+    x = torch.randn(2000, 40, generator=generator) @ torch.randn(40, 192, generator=generator)
     x += 0.3 * torch.randn(x.shape, generator=generator)
-    weight = torch.randn(48, 128, generator=generator)
+    weight = torch.randn(48, 192, generator=generator)
     seen, unseen = x[:1000], x[1000:]
 
-    def error(int4: Int4) -> float:
-        return float((unseen @ (int4.weight() - weight).t()).pow(2).mean())
+    def error(rounded: Rounded) -> float:
+        return float((unseen @ (rounded.weight() - weight).t()).pow(2).mean())
 
-    nearest = error(round_to_int4(weight, group_size))
-    assert error(gptq(weight, seen, group_size)) < 0.6 * nearest
+    assert error(format.round(weight, format.inputs(seen))) < 0.6 * error(nearest(weight))
 
 
-def test_gptq_of_inputs_that_say_nothing_rounds_to_nearest():
-    weight = torch.randn(16, 64, generator=torch.manual_seed(0))
-    ours, nearest = gptq(weight, torch.zeros(8, 64), 32), round_to_int4(weight, 32)
-    assert torch.equal(ours.q, nearest.q)
-    assert torch.equal(ours.weight(), nearest.weight())
+@pytest.mark.parametrize("format, nearest", FORMATS)
+def test_inputs_that_say_nothing_leave_the_nearest_weights(format, nearest):
+    weight = torch.randn(16, 192, generator=torch.manual_seed(0))
+    ours, wanted = format.round(weight, torch.zeros(8, 192)), nearest(weight)
+    assert torch.equal(ours.q, wanted.q)
+    assert torch.equal(ours.weight(), wanted.weight())
+
+
+class Exact(EightBits):
+    """Smooths as it does, but rounds nothing."""
+
+    def inputs(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def round(self, weight: torch.Tensor, x: torch.Tensor) -> EightBit:
+        return EightBit(weight.clone(), torch.ones(len(weight)))
 
 
 @pytest.mark.parametrize("family, changes", [("Qwen2", {}), ("Llama", {"mlp_bias": True})])
@@ -50,7 +80,8 @@ def test_smoothing_leaves_logits_as_they_are(family, changes, tmp_path):
     theirs = tiny.make(family, **changes)
     theirs.save_pretrained(tmp_path)
     config = ModelConfig.load(ServerArgs(str(tmp_path), device="cpu", dtype="float32"))
-    tensors, _ = calibrate(config, random_ids(300), 0)
+    tensors, layers = calibrate(config, random_ids(300), Exact(torch.int8))
+    tensors |= {f"{name}.weight": layer.weight() for name, layer in layers.items()}
     before = {name: value.clone() for name, value in theirs.state_dict().items()}
     assert all((tensors[name] != before[name]).any() for name in tensors if "norm" in name)
     assert "model.layers.0.mlp.up_proj.weight" in tensors
@@ -65,7 +96,7 @@ def test_int4_weights_read_back_as_they_are(method, read):
     generator = torch.manual_seed(0)
     q, zeros = (torch.randint(16, shape, generator=generator) for shape in ((16, 64), (2, 16)))
     int4 = Int4(q.int(), torch.rand(2, 16, generator=generator).half().float(), zeros.int())
-    found = torch.from_numpy(read(pack_int4(method, "layer", int4), "layer"))
+    found = torch.from_numpy(read(pack(method, "layer", int4), "layer"))
     assert torch.equal(found.float(), int4.weight())
 
 
@@ -77,7 +108,7 @@ def save_with_tokenizer(model: torch.nn.Module, folder: Path) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
 
 
-@pytest.mark.parametrize("method", ["awq", "gptq", "int8"])
+@pytest.mark.parametrize("method", METHODS)
 def test_a_calibrated_checkpoint_is_nearer_to_the_model(method, tmp_path):
     theirs = tiny.make("Qwen2", **WIDE)
     with torch.no_grad():  # some channels are larger than others, as in real models
