@@ -26,11 +26,14 @@ def serve(args: ServerArgs) -> int:
     with code 1."""
     started = time.monotonic()
     _log_to_stderr(args.log_level)
-    signal.signal(signal.SIGTERM, _leave)  # until the event loop handles it
+    signal.signal(signal.SIGTERM, _leave)  # until the engine starts
     _allow_many_connections()
     try:
-        with _listen(args.host, args.port) as listener, Engine(args) as engine:
-            return _run(engine, listener, started)
+        with _listen(args.host, args.port) as listener:
+            engine = Engine(args)
+            ending = Ending()
+            with engine:
+                return _run(engine, listener, ending, started)
     except KeyboardInterrupt:
         return 130
     except (ValueError, OSError) as error:
@@ -103,32 +106,34 @@ class Engine:
         os._exit(1)
 
 
-def _run(engine: Engine, listener: socket.socket, started: float) -> int:
+def _run(engine: Engine, listener: socket.socket, ending: Ending, started: float) -> int:
     # These take half a second, which the other processes need anyway.
     import uvloop
 
     loop = uvloop.new_event_loop()
     try:
-        return loop.run_until_complete(_serve(engine, listener, started))
+        return loop.run_until_complete(_serve(engine, listener, ending, started))
     finally:
         loop.close()
 
 
-async def _serve(engine: Engine, listener: socket.socket, started: float) -> int:
+async def _serve(
+    engine: Engine, listener: socket.socket, ending: Ending, started: float
+) -> int:  # fmt: skip
     from sglang.server.app import HTTPServer, build_app
     from sglang.server.service import Service
     from sglang.server.tokenizer_manager import TokenizerManager
 
     args, model = engine.args, engine.model
     manager = TokenizerManager(engine.processes.addresses, model.vocab_size, model.name)
-    ending = Ending()
+    asked = ending.asked()
     tokenizer = None
     if not args.skip_tokenizer_init:
         from sglang.tokenizer import Tokenizer
 
         tokenizer = Tokenizer.load(model, args)
     ready = asyncio.ensure_future(manager.ready())
-    await asyncio.wait((ready, ending.asked), return_when=asyncio.FIRST_COMPLETED)
+    await asyncio.wait((ready, asked), return_when=asyncio.FIRST_COMPLETED)
     if not ready.done():
         ready.cancel()
         return ending.exit_code
@@ -138,7 +143,7 @@ async def _serve(engine: Engine, listener: socket.socket, started: float) -> int
     serving = asyncio.ensure_future(server.serve([listener]))
     await server.wait_started(serving)
     _announce(engine, listener, time.monotonic() - started)
-    await asyncio.wait((serving, ending.asked), return_when=asyncio.FIRST_COMPLETED)
+    await asyncio.wait((serving, asked), return_when=asyncio.FIRST_COMPLETED)
     service.draining = True
     server.should_exit = True
     if manager.num_generations:
@@ -155,20 +160,35 @@ async def _serve(engine: Engine, listener: socket.socket, started: float) -> int
 
 
 class Ending:
-    """SIGTERM and Ctrl-C. The first asks for an end; a second Ctrl-C is one."""
+    """SIGTERM and Ctrl-C. The first asks for an end; a second Ctrl-C is one. Before the event loop
+    listens they are noted: as exceptions, amid an import, they might get lost."""
+
+    _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
     def __init__(self) -> None:
-        loop = asyncio.get_running_loop()
-        self.asked: asyncio.Future[None] = loop.create_future()
         self.exit_code = 0
-        for signum in (signal.SIGTERM, signal.SIGINT):
+        self._is_asked = False
+        self._future: asyncio.Future[None] | None = None
+        for signum in self._SIGNALS:
+            signal.signal(signum, lambda signum, frame: self._on_signal(signum))
+
+    def asked(self) -> asyncio.Future[None]:
+        """Of the running event loop, which is asked from here on."""
+        loop = asyncio.get_running_loop()
+        for signum in self._SIGNALS:
             loop.add_signal_handler(signum, self._on_signal, signum)
+        self._future = loop.create_future()
+        if self._is_asked:
+            self._future.set_result(None)
+        return self._future
 
     def _on_signal(self, signum: int) -> None:
-        if not self.asked.done():
+        if not self._is_asked:
+            self._is_asked = True
             self.exit_code = 130 if signum == signal.SIGINT else 0
-            self.asked.set_result(None)
-            logger.info("ending; Ctrl-C again to end at once")
+            if self._future is not None:
+                self._future.set_result(None)
+                logger.info("ending; Ctrl-C again to end at once")
         elif signum == signal.SIGINT:
             os._exit(130)  # the kernel ends the children with this process
 
