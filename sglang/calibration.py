@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from sglang.attention.torch_native import TorchNativeAttention
-from sglang.kernels.quant_tokens import LARGEST, quantize_tokens_naive
+from sglang.kernels.quant_tokens import nearest, quantize_tokens_naive
 from sglang.layers.linear import GateUpLinear, Linear
 from sglang.layers.norm import RMSNorm
 from sglang.model_config import ModelConfig
@@ -132,13 +132,6 @@ def round_to_8_bits(weight: torch.Tensor, dtype: torch.dtype) -> EightBit:
     return EightBit(*quantize_tokens_naive(weight, dtype))
 
 
-def _nearest_8_bits(weight: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> EightBit:
-    """float32 [N, K], scales [N]."""
-    q = weight / scales[:, None]
-    q = q.round() if dtype == torch.int8 else q
-    return EightBit(q.clamp(-LARGEST[dtype], LARGEST[dtype]).to(dtype), scales)
-
-
 Nearest = Callable[[torch.Tensor], torch.Tensor]
 """A column of weights, float32 [N] -> those that are nearest of the ones that there are."""
 
@@ -159,10 +152,10 @@ def gptq(
     for start in range(0, len(left), group_size):
         group = left[start : start + group_size]
         end = start + len(group)
-        nearest = grid(group.t())
+        round_column = grid(group.t())
         errors = torch.empty_like(group)
         for k in range(start, end):
-            rounded[k] = nearest(left[k])
+            rounded[k] = round_column(left[k])
             errors[k - start] = (left[k] - rounded[k]) / feedback[k, k]
             left[k + 1 : end].addr_(feedback[k, k + 1 : end], errors[k - start], alpha=-1)
         left[end:].addmm_(feedback[start:end, end:].t(), errors, alpha=-1)
@@ -187,11 +180,13 @@ def gptq_to_int4(weight: torch.Tensor, x: torch.Tensor, group_size: int) -> Int4
 def gptq_to_8_bits(weight: torch.Tensor, x: torch.Tensor, dtype: torch.dtype) -> EightBit:
     scales = round_to_8_bits(weight, dtype).scales
 
-    def nearest(column: torch.Tensor) -> torch.Tensor:
-        return _nearest_8_bits(column[:, None], scales, dtype).weight()[:, 0]
+    def to_scales(weight: torch.Tensor) -> EightBit:
+        return EightBit(nearest(weight, scales, dtype), scales)
 
-    rounded = gptq(weight, x, BLOCK, lambda group: nearest)
-    return _nearest_8_bits(rounded, scales, dtype)
+    def grid(group: torch.Tensor) -> Nearest:
+        return lambda column: to_scales(column[:, None]).weight()[:, 0]
+
+    return to_scales(gptq(weight, x, BLOCK, grid))
 
 
 def same_size(x: torch.Tensor) -> torch.Tensor:

@@ -37,6 +37,7 @@ from sglang.kernels.hopper import (
     pair_stage,
     room_for,
     store_tile,
+    tile_at,
     tiles_of,
 )
 
@@ -64,17 +65,10 @@ class Plan(NamedTuple):
 
 @gluon.jit
 def _tile(tile, plan):
-    """First token and first output. Programs that run together have 2048 tokens in common with
-    several tiles of outputs: both are in L2. Where tiles overlap, outputs are computed twice, and
-    come out the same."""
-    HEIGHT: gl.constexpr = 2048 // BLOCK_M
-    tiles_m = gl.cdiv(plan.num_tokens, BLOCK_M)
-    tiles_n = gl.cdiv(plan.outputs, BLOCK_N)
-    band = tile // (HEIGHT * tiles_n)
-    height = gl.minimum(tiles_m - band * HEIGHT, HEIGHT)
-    place = tile % (HEIGHT * tiles_n)
-    m = inside((band * HEIGHT + place % height) * BLOCK_M, plan.num_tokens, BLOCK_M)
-    return m, inside(place // height * BLOCK_N, plan.outputs, BLOCK_N)
+    """First token and first output. Where tiles overlap, outputs are computed twice, and come out
+    the same."""
+    m, n = tile_at(tile, plan.num_tokens, plan.outputs, BLOCK_M, BLOCK_N)
+    return inside(m, plan.num_tokens, BLOCK_M), inside(n, plan.outputs, BLOCK_N)
 
 
 @gluon.jit

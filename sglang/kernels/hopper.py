@@ -89,6 +89,19 @@ def pair_stage(ring, turn):
 
 
 @gluon.jit
+def tile_at(tile, num_tokens, n, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
+    """First token and first output of a tile of a product. Programs that run together have 2048
+    tokens in common with several tiles of outputs: both are in L2."""
+    HEIGHT: gl.constexpr = 2048 // BLOCK_M
+    tiles_m = gl.cdiv(num_tokens, BLOCK_M)
+    tiles_n = gl.cdiv(n, BLOCK_N)
+    band = tile // (HEIGHT * tiles_n)
+    height = gl.minimum(tiles_m - band * HEIGHT, HEIGHT)
+    place = tile % (HEIGHT * tiles_n)
+    return (band * HEIGHT + place % height) * BLOCK_M, place // height * BLOCK_N
+
+
+@gluon.jit
 def inside(first, size, block: gl.constexpr):
     """Where a tile begins that would begin at `first`: a last one begins early rather than end
     late, as what lies beyond a tensor's end costs the copy engine more."""

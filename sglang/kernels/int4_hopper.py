@@ -39,6 +39,7 @@ from sglang.kernels.hopper import (
     multiprocessors,
     pair_stage,
     room_for,
+    tile_at,
     tiles_of,
 )
 from sglang.kernels.int4_weight import (
@@ -77,22 +78,15 @@ class Plan(NamedTuple):
 
 @gluon.jit
 def _tile(item, plan, BLOCK_M: gl.constexpr):
-    """Of an item: its tile's first token and first output, and which steps it adds up. Programs
-    that run together have 2048 tokens in common with several tiles of outputs: both are in L2."""
-    HEIGHT: gl.constexpr = 2048 // BLOCK_M
+    """Of an item: its tile's first token and first output, and which steps it adds up."""
     part = gl.maximum(item - plan.whole, 0)
     tile = gl.minimum(item, plan.whole + part // plan.splits)
     splits = gl.where(item < plan.whole, 1, plan.splits)
     split = part % plan.splits
     first = plan.steps * split // splits
     end = plan.steps * (split + 1) // splits
-    tiles_m = gl.cdiv(plan.num_tokens, BLOCK_M)
-    tiles_n = gl.cdiv(plan.n, BLOCK_N)
-    band = tile // (HEIGHT * tiles_n)
-    height = gl.minimum(tiles_m - band * HEIGHT, HEIGHT)
-    place = tile % (HEIGHT * tiles_n)
-    m = (band * HEIGHT + place % height) * BLOCK_M
-    return m, place // height * BLOCK_N, first, end, split
+    m, n = tile_at(tile, plan.num_tokens, plan.n, BLOCK_M, BLOCK_N)
+    return m, n, first, end, split
 
 
 PART = gl.constexpr(gl.BlockedLayout([1, 8], [32, 1], [4, 1], [1, 0]))

@@ -25,9 +25,14 @@ def quantize_tokens_naive(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     x = x.float()
     scales = x.abs().amax(1).clamp_min(1e-10) / LARGEST[dtype]
+    return nearest(x, scales, dtype), scales
+
+
+def nearest(x: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x [T, K] and scales [T], float32 -> the numbers of `dtype` that, scaled, are nearest to x."""
     q = x / scales[:, None]
     q = q.round() if dtype == torch.int8 else q
-    return q.clamp(-LARGEST[dtype], LARGEST[dtype]).to(dtype), scales
+    return q.clamp(-LARGEST[dtype], LARGEST[dtype]).to(dtype)
 
 
 def norm_and_quantize(

@@ -62,8 +62,13 @@ class LinearMethod(ABC):
         """x, residual [T, in_features] -> (apply(norm(x + residual)), x + residual); of outputs
         that are (gate | up), `gated` makes silu(gate) * up. A method may do this in one kernel."""
         x, residual = norm(x, residual)
-        out = self.apply(layer, x, bias)
-        return silu_and_mul(out) if gated else out, residual
+        return (self.apply_gated if gated else self.apply)(layer, x, bias), residual
+
+    def apply_gated(
+        self, layer: Linear, x: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:  # fmt: skip
+        """Of outputs of `apply` that are (gate | up), silu(gate) * up."""
+        return silu_and_mul(self.apply(layer, x, bias))
 
     def apply_added(
         self, layer: Linear, x: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor

@@ -127,24 +127,29 @@ class GroupedLinear(LinearMethod):
         residual: torch.Tensor | None,
         gated: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if self._is_plain(layer) and len(x) <= MAX_TOKENS:
-            return int4_fused_linear(x, layer.int4, bias, residual, norm.weight, norm.eps, gated)
-        if self._is_plain(layer, bias) and len(x) > MANY_TOKENS and gated:
-            x, residual = norm(x, residual)
-            return gated_linear(x, dequantize_int4_triton(layer.int4, x.dtype)), residual
-        return super().apply_normed(layer, x, bias, norm, residual, gated)
+        if layer.int4 is None or layer.input_order is not None or len(x) > MAX_TOKENS:
+            return super().apply_normed(layer, x, bias, norm, residual, gated)
+        return int4_fused_linear(x, layer.int4, bias, residual, norm.weight, norm.eps, gated)
+
+    def apply_gated(
+        self, layer: Linear, x: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:  # fmt: skip
+        if self._wants_dense(layer, x, bias):
+            return gated_linear(x, dequantize_int4_triton(layer.int4, x.dtype))
+        return super().apply_gated(layer, x, bias)
 
     def apply_added(
         self, layer: Linear, x: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if self._is_plain(layer, bias) and len(x) > MANY_TOKENS:
+        if self._wants_dense(layer, x, bias):
             return residual.addmm_(x, dequantize_int4_triton(layer.int4, x.dtype).t()), None
         return super().apply_added(layer, x, bias, residual)
 
     @staticmethod
-    def _is_plain(layer: Linear, bias: torch.Tensor | None = None) -> bool:
-        """4-bit weights on a GPU, their inputs in order, no bias."""
-        return layer.int4 is not None and layer.input_order is None and bias is None
+    def _wants_dense(layer: Linear, x: torch.Tensor, bias: torch.Tensor | None) -> bool:
+        """`int4_linear` would dequantize first, and do no more than multiply then."""
+        many = layer.int4 is not None and len(x) > MANY_TOKENS
+        return many and layer.input_order is None and bias is None
 
 
 class AWQLinear(GroupedLinear):

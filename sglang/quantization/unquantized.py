@@ -53,10 +53,14 @@ class Unquantized(LinearMethod, Quantization):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if is_few(x):
             return fused_linear(x, layer.weight, bias, residual, norm.weight, norm.eps, gated)
-        if gated and bias is None and layer.packed is None:
-            normed, total = norm(x, residual)
-            return gated_linear(normed, layer.weight), total
         return super().apply_normed(layer, x, bias, norm, residual, gated)
+
+    def apply_gated(
+        self, layer: Linear, x: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:  # fmt: skip
+        if layer.packed is None and bias is None:
+            return gated_linear(x, layer.weight)
+        return super().apply_gated(layer, x, bias)
 
     def apply_added(
         self, layer: Linear, x: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor

@@ -1,5 +1,6 @@
 """What the kernel tests share: the device, and how many and how large the random cases are."""
 
+import pytest
 import torch
 
 from sglang.kernels.int4_weight import Int4Weight, pack_int4, pack_scales
@@ -8,6 +9,14 @@ GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 # The interpreter does bfloat16 arithmetic wrongly, and float32 is where it is quick.
 DTYPES = [torch.float16, torch.bfloat16] if GPU else [torch.float32, torch.float16]
+
+try:
+    from sglang.kernels import hopper
+
+    ON_HOPPER = hopper.multiprocessors(DEVICE) > 0
+except ImportError:  # Triton without Gluon, or with an older one
+    ON_HOPPER = False
+on_hopper = pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU and Gluon")
 
 
 def seeds(on_interpreter: int, on_gpu: int) -> range:

@@ -8,14 +8,11 @@ import torch
 from sglang.kernels import extend_attention as dispatch
 from sglang.kernels.extend_attention import extend_attention, extend_attention_naive
 
-from .common import DEVICE, GPU, assert_close, int32, randn
+from .common import DEVICE, assert_close, int32, on_hopper, randn
 
 hopper = dispatch.hopper
 
-pytestmark = pytest.mark.skipif(
-    not GPU or hopper is None or hopper.multiprocessors(torch.empty(0, device=DEVICE).device) == 0,
-    reason="needs a Hopper GPU and Gluon",
-)
+pytestmark = on_hopper
 
 KV_HEADS = 2
 MAX_ROWS, MAX_LEN = 6, 5001

@@ -10,14 +10,10 @@ import torch
 from sglang.kernels import gated_linear as dispatch
 from sglang.kernels.gated_linear import gated_linear, gated_linear_naive
 
-from .common import DEVICE, GPU, assert_close, randn
+from .common import assert_close, on_hopper, randn
 
 hopper = dispatch.hopper
 
-on_hopper = pytest.mark.skipif(
-    not GPU or hopper is None or hopper.multiprocessors(torch.empty(0, device=DEVICE).device) == 0,
-    reason="needs a Hopper GPU and Gluon",
-)
 HALVES = [torch.float16, torch.bfloat16]
 
 

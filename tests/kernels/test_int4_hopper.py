@@ -11,17 +11,12 @@ import torch.nn.functional as F
 
 from sglang.kernels import int4
 from sglang.kernels.int4_weight import Int4Weight, dequantize_int4_naive
-from tests.kernels.common import DEVICE, GPU, assert_close, randn, random_int4
+from tests.kernels.common import assert_close, on_hopper, randn, random_int4
 
 hopper = int4.hopper
 
 if hopper is None:
     pytest.skip("needs Gluon", allow_module_level=True)
-
-on_hopper = pytest.mark.skipif(
-    not GPU or hopper.multiprocessors(torch.empty(0, device=DEVICE).device) == 0,
-    reason="needs a Hopper GPU",
-)
 
 
 def expected(x: torch.Tensor, w: Int4Weight, bias: torch.Tensor | None) -> torch.Tensor:
@@ -121,10 +116,14 @@ def test_is_called_where_it_is_quicker_and_for_nothing_that_it_cannot_do(monkeyp
 
 @pytest.mark.parametrize("seed", range(20))
 def test_items_are_all_steps_of_all_tiles_once(seed: int, monkeypatch) -> None:
+    from sglang.kernels import hopper as shared
+
     host = SimpleNamespace(
         maximum=max, minimum=min, where=lambda c, a, b: a if c else b, cdiv=lambda a, b: -(-a // b)
     )
-    monkeypatch.setattr(hopper, "gl", host)
+    for module in (hopper, shared):
+        monkeypatch.setattr(module, "gl", host)
+    monkeypatch.setattr(hopper, "tile_at", shared.tile_at.fn)
     block_n = hopper.BLOCK_N.value
     monkeypatch.setattr(hopper, "BLOCK_N", block_n)
     rng = random.Random(seed)
