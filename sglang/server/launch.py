@@ -160,37 +160,36 @@ async def _serve(
 
 
 class Ending:
-    """SIGTERM and Ctrl-C. The first asks for an end; a second Ctrl-C is one. Before the event loop
-    listens they are noted: as exceptions, amid an import, they might get lost."""
-
-    _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+    """SIGTERM and Ctrl-C. The first asks for an end; a second Ctrl-C is one. They are noted, from
+    before the event loop runs: as exceptions, amid an import, they might get lost."""
 
     def __init__(self) -> None:
         self.exit_code = 0
         self._is_asked = False
         self._future: asyncio.Future[None] | None = None
-        for signum in self._SIGNALS:
-            signal.signal(signum, lambda signum, frame: self._on_signal(signum))
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signum, self._on_signal)
 
     def asked(self) -> asyncio.Future[None]:
-        """Of the running event loop, which is asked from here on."""
-        loop = asyncio.get_running_loop()
-        for signum in self._SIGNALS:
-            loop.add_signal_handler(signum, self._on_signal, signum)
-        self._future = loop.create_future()
+        """Of the running event loop; done when an end is asked for."""
+        self._future = asyncio.get_running_loop().create_future()
         if self._is_asked:
-            self._future.set_result(None)
+            self._tell(self._future)
         return self._future
 
-    def _on_signal(self, signum: int) -> None:
+    def _on_signal(self, signum: int, frame: object) -> None:
         if not self._is_asked:
             self._is_asked = True
             self.exit_code = 130 if signum == signal.SIGINT else 0
             if self._future is not None:
-                self._future.set_result(None)
-                logger.info("ending; Ctrl-C again to end at once")
+                self._future.get_loop().call_soon_threadsafe(self._tell, self._future)
         elif signum == signal.SIGINT:
             os._exit(130)  # the kernel ends the children with this process
+
+    def _tell(self, future: asyncio.Future[None]) -> None:
+        if not future.done():
+            future.set_result(None)
+            logger.info("ending; Ctrl-C again to end at once")
 
 
 def _announce(engine: Engine, listener: socket.socket, seconds: float) -> None:

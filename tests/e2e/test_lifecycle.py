@@ -140,13 +140,15 @@ def test_a_second_ctrl_c_does_not_wait_for_running_requests():
         process.wait(timeout=2)
 
 
+@pytest.mark.parametrize("seconds", [0.0, 0.2, 0.4])  # the launcher imports meanwhile
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_a_server_can_be_ended_while_it_starts(signum):
+def test_a_server_can_be_ended_while_it_starts(signum, seconds):
     server = Server()
     parent = psutil.Process(server.process.pid)
     while len(parent.children()) < 3:
         time.sleep(0.01)
     children = parent.children()
+    time.sleep(seconds)
     server.stop(signum)
     assert server.process.returncode == (0 if signum == signal.SIGTERM else 130)
     assert not any(process.is_running() for process in children)
