@@ -35,17 +35,18 @@ def warm_up(runner: ModelRunner) -> None:
 
 def _run(runner: ModelRunner, num_decode: int, prompts: list[int], temperature: float) -> None:
     num_rows, num_new = num_decode + len(prompts), sum(prompts)
-    opened = [_spec(row, temperature) for row in range(num_decode, num_rows)]
+    opened = [row_spec(row, temperature) for row in range(num_decode, num_rows)]
     slots = np.arange(num_decode + num_new) % runner.kv_cache.num_slots
     parts = (np.arange(num_rows), prompts, [1] * len(prompts), slots, [0] * num_new)
     plan = StepPlan(0, opened, num_rows, num_decode, num_new)
     runner.launch(plan, pack(np.concatenate(parts))).wait()
 
 
-def _spec(row: int, temperature: float) -> RowSpec:
+def row_spec(row: int, temperature: float, cached_len: int = 0) -> RowSpec:
+    """Of a request that asks for nothing in particular."""
     return RowSpec(
         row=row,
-        cached_len=0,
+        cached_len=cached_len,
         seed=0,
         temperature=temperature,
         top_p=1.0,
