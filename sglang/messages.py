@@ -11,6 +11,7 @@ gives it: the user's request id never leaves that process.
 
 from __future__ import annotations
 
+from array import array
 from typing import Literal
 
 import msgspec
@@ -19,9 +20,11 @@ import numpy as np
 from sglang.sampling_params import SamplingParams
 
 
-def pack(array) -> bytes:
-    """int32[n] (or a list of ints) -> bytes."""
-    return np.ascontiguousarray(array, dtype=np.int32).tobytes()
+def pack(values) -> bytes:
+    """int32[n] (or a sequence of ints) -> bytes."""
+    if isinstance(values, np.ndarray):
+        return np.ascontiguousarray(values, dtype=np.int32).tobytes()
+    return array("i", values).tobytes()
 
 
 def unpack(data: bytes) -> np.ndarray:

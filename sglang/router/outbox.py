@@ -25,9 +25,9 @@ class Outbox:
         self._batch = TokenBatch(b"", b"")
 
     def take(self) -> TokenBatch | None:
-        """The news since the last call, if any."""
+        """The news since the last call, if any. What has only been announced waits for a token."""
         out = self._batch
-        if not (out.handles or out.opened or out.finished or out.prompt_logprobs):
+        if not (out.handles or out.finished or out.prompt_logprobs):
             return None
         self._batch = TokenBatch(b"", b"")
         return out

@@ -113,8 +113,9 @@ class Router:
                     scheduler.abort([request.handle])
             lane.lap("receive")
             if not self._plan() and flying:
-                while not self._workers.has_result() and scheduler.follow_grammar():
-                    pass
+                if self._grammars.num_compiled:
+                    while not self._workers.has_result() and scheduler.follow_grammar():
+                        pass
                 result = self._workers.recv()
                 lane.skip()
                 flight = scheduler.take_in(result)
@@ -144,14 +145,17 @@ class Router:
     def _receive(self, wait: bool) -> None:
         """Takes in all that has arrived; with `wait`, waits for something to arrive, or a grammar
         that is being compiled."""
-        if wait:
-            self._requests.poll(GRAMMAR_POLL_MS if self._grammars.num_pending else None)
-            self._lane.skip()
+        if wait and self._grammars.num_pending:
+            self._requests.poll(GRAMMAR_POLL_MS)
+            wait = False
         while True:
             try:
-                frame = self._requests.recv(zmq.NOBLOCK)
+                frame = self._requests.recv(0 if wait else zmq.NOBLOCK)
             except zmq.Again:
                 return
+            if wait:
+                self._lane.skip()
+                wait = False
             match self._decoder.decode(frame):
                 case GenerateRequest() as request if grammar_kind(request.params) is not None:
                     self._grammars.submit(request)

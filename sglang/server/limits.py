@@ -42,7 +42,7 @@ class Limits:
     ) -> GenerateRequest:
         """The message to the router, with `max_new_tokens` set, if it can ever be served."""
         params.verify(self.vocab_size)
-        array = self._check_ids(ids)
+        packed = self._pack_ids(ids)
         room = min(self.context_len, self.max_total_tokens) - len(ids)
         if len(ids) > self.context_len or (room <= 0 and params.max_new_tokens != 0):
             limit = min(self.context_len, self.max_total_tokens)
@@ -62,20 +62,19 @@ class Limits:
                 f"max_new_tokens is {params.max_new_tokens}, and the prompt has {len(ids)} tokens: "
                 f"{self._name_limit()} {len(ids) + room} tokens for both"
             )
-        return GenerateRequest(
-            handle, pack(array), params, logprobs.top, logprobs.prompt_from, pooling
-        )
+        return GenerateRequest(handle, packed, params, logprobs.top, logprobs.prompt_from, pooling)
 
-    def _check_ids(self, ids: list[int]) -> np.ndarray:
+    def _pack_ids(self, ids: list[int]) -> bytes:
         if not ids:
             raise ValueError("prompt must not be empty")
-        array = np.asarray(ids)
-        if array.dtype.kind != "i":  # ids beyond 64 bits make an array of objects
-            raise ValueError(f"prompt token ids must be in [0, {self.vocab_size})")
-        if array.min() < 0 or array.max() >= self.vocab_size:
-            wrong = array[(array < 0) | (array >= self.vocab_size)][0]
+        try:
+            packed = pack(ids)
+        except (TypeError, OverflowError):  # not all are integers, or of 32 bits
+            raise ValueError(f"prompt token ids must be in [0, {self.vocab_size})") from None
+        if np.frombuffer(packed, dtype=np.uint32).max() >= self.vocab_size:  # or below 0
+            wrong = next(token for token in ids if not 0 <= token < self.vocab_size)
             raise ValueError(f"prompt token ids must be in [0, {self.vocab_size}), got {wrong}")
-        return array
+        return packed
 
     def _name_limit(self) -> str:
         if self.context_len <= self.max_total_tokens:

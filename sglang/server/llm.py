@@ -74,6 +74,7 @@ class LLM:
             self._router = connect_outbox(context, addresses.router)
             self._tokens = bind_inbox(context, addresses.detokenizer)
             self._answers = bind_inbox(context, addresses.tokenizer_manager)
+            self._tokens.rcvtimeo = self._answers.rcvtimeo = _POLL_MS
             self._decode_tokens = Decoder(TokenBatch).decode
             self._decode_answer = Decoder(ToTokenizerManager).decode
             processes.start()
@@ -124,7 +125,7 @@ class LLM:
     def _run(self, requests: list[GenerateRequest], use_tqdm: bool) -> list[dict[str, Any]]:
         replies = {request.handle: _Reply() for request in requests}
         waiting = len(replies)
-        bar = tqdm(total=waiting, desc="generate", unit="req", disable=not use_tqdm)
+        bar = tqdm(total=waiting, desc="generate", unit="req") if use_tqdm else None
         try:
             for request in requests:
                 self._router.send(encode(request))
@@ -137,12 +138,14 @@ class LLM:
                         ended += delta.end is not None
                 if ended:
                     waiting -= ended
-                    bar.update(ended)
+                    if bar is not None:
+                        bar.update(ended)
         except BaseException:
             self._router.send(encode(AbortRequest(list(replies))))
             raise
         finally:
-            bar.close()
+            if bar is not None:
+                bar.close()
         return [reply.result(self.tokenizer is not None) for reply in replies.values()]
 
     def flush_cache(self) -> None:
@@ -238,9 +241,11 @@ class LLM:
         return answer
 
     def _receive(self, socket: zmq.Socket) -> bytes:
-        while not socket.poll(_POLL_MS):
-            self._failure.check()
-        return socket.recv()
+        while True:
+            try:
+                return socket.recv()
+            except zmq.Again:
+                self._failure.check()
 
     def _check_alive(self) -> None:
         if not self._stop.alive:
