@@ -17,7 +17,6 @@ import multiprocessing
 import statistics
 import tempfile
 import time
-from multiprocessing.connection import Listener
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +24,7 @@ import torch
 from engines import make_engine
 from models import CONFIGS
 
-from sglang.addresses import connect
+from sglang.addresses import connect, listen
 from sglang.messages import (
     Decoder,
     FromWorker,
@@ -123,17 +122,16 @@ def round_trip(size: int, times: int = 500) -> float:
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/workers"
         process = multiprocessing.get_context("spawn").Process(target=_echo, args=(path,))
-        with Listener(path, "AF_UNIX") as listener:
-            process.start()
-            link = listener.accept()
-            clock = Clock()
-            for _ in range(times):
-                clock.start()
-                link.send_bytes(bytes(size))
-                link.recv_bytes()
-                clock.lap("there and back")
-            link.send_bytes(b"end")
-            process.join()
+        process.start()
+        link = next(listen(path))
+        clock = Clock()
+        for _ in range(times):
+            clock.start()
+            link.send_bytes(bytes(size))
+            link.recv_bytes()
+            clock.lap("there and back")
+        link.send_bytes(b"end")
+        process.join()
     return clock.medians()["there and back"]
 
 

@@ -8,9 +8,11 @@ them. Two servers on one host never collide, since each has a folder of its own.
 
 from __future__ import annotations
 
+import select
+import socket
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
-from multiprocessing.connection import Client, Connection
 
 import zmq
 
@@ -61,10 +63,53 @@ def connect_outbox(context: zmq.Context, address: str) -> zmq.Socket:
     return socket
 
 
-def connect(path: str) -> Connection:
+class Link:
+    """One end of a Unix socket that carries frames, each behind its length. Several are sent, and
+    what has come is read, in one system call: they are what a message costs."""
+
+    def __init__(self, end: socket.socket) -> None:
+        self._socket = end
+        self._readable = select.poll()
+        self._readable.register(end, select.POLLIN)
+        self._read = bytearray()
+        """What is not handed out yet."""
+
+    def send_bytes(self, *frames: bytes) -> None:
+        parts = [part for frame in frames for part in (len(frame).to_bytes(4, "little"), frame)]
+        self._socket.sendall(b"".join(parts))
+
+    def poll(self, seconds: float = 0.0) -> bool:
+        """Whether there is something to receive, or will be within that time."""
+        return bool(self._read or self._readable.poll(1e3 * seconds))
+
+    def recv_bytes(self) -> bytes:
+        """The next frame. Raises EOFError if the other end is gone."""
+        read = self._read
+        while len(read) < 4 or len(read) < (end := 4 + int.from_bytes(read[:4], "little")):
+            some = self._socket.recv(1 << 16)
+            if not some:
+                raise EOFError
+            read += some
+        frame = bytes(read[4:end])
+        del read[:end]
+        return frame
+
+
+def listen(path: str) -> Iterator[Link]:
+    """To whoever connects, one after the other. Listens from the first `next` on."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen()
+        while True:
+            yield Link(listener.accept()[0])
+
+
+def connect(path: str) -> Link:
     """Waits for the other side to listen."""
+    end = socket.socket(socket.AF_UNIX)
     while True:
         try:
-            return Client(path, "AF_UNIX")
+            end.connect(path)
+            return Link(end)
         except (FileNotFoundError, ConnectionRefusedError):
             time.sleep(0.01)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from multiprocessing.connection import Connection, Listener
-
 import zmq
 
-from sglang.addresses import Addresses, bind_inbox, connect_outbox
+from sglang.addresses import Addresses, Link, bind_inbox, connect_outbox, listen
 from sglang.messages import (
     AbortRequest,
     Decoder,
@@ -38,21 +36,21 @@ class Workers:
     """The model workers, all ranks, as the router sees them: plans go out, results come back."""
 
     def __init__(self, addresses: Addresses, num_ranks: int) -> None:
-        self._listener = Listener(addresses.workers, "AF_UNIX", backlog=num_ranks)
+        self._address = addresses.workers
         self._num_ranks = num_ranks
-        self._links: list[Connection] = []  # by rank
+        self._links: list[Link] = []  # by rank
         self._decoder = Decoder(FromWorker)
 
     def wait_ready(self) -> WorkerReady:
         """All of them; what they say of themselves is the same."""
-        links: dict[int, Connection] = {}
+        arriving = listen(self._address)
+        links: dict[int, Link] = {}
         while True:
-            link = self._listener.accept()
+            link = next(arriving)
             ready = self._decoder.decode(link.recv_bytes())
             assert isinstance(ready, WorkerReady)
             links[ready.rank] = link
             if len(links) == self._num_ranks:
-                self._listener.close()
                 self._links = [links[rank] for rank in range(self._num_ranks)]
                 return ready
 
@@ -60,8 +58,7 @@ class Workers:
         """The same bytes to every rank."""
         header = encode(plan)
         for link in self._links:
-            link.send_bytes(header)
-            link.send_bytes(payload)
+            link.send_bytes(header, payload)
 
     def tell(self, message: StartProfile | StopProfile) -> None:
         for link in self._links:
