@@ -8,6 +8,7 @@ tokens. A step runs in the next larger graph of its family, filled up with paddi
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,7 +19,7 @@ from tqdm import tqdm
 
 from sglang.attention.base import AttentionBackend
 from sglang.worker.rows import NUM_PARAMS, RowState, StepArrays
-from sglang.worker.staging import Staging
+from sglang.worker.staging import Field, Staging
 
 MAX_PREFILL_TOKENS = 9216
 PREFILL_ROWS = 16
@@ -100,8 +101,8 @@ class Family:
 
     run: Callable[..., GraphOutputs]
     inputs_class: type
-    arrays: Callable[[StepArrays, int], list[np.ndarray]]
-    """A step's inputs, padded to a size."""
+    fields: Callable[[StepArrays, int], list[Field]]
+    """A step's inputs, in their order, padded to a size."""
     sizes: list[int]
     graphs: dict[int, tuple[torch.cuda.CUDAGraph, GraphOutputs]] = field(default_factory=dict)
 
@@ -109,7 +110,7 @@ class Family:
         return bool(self.sizes) and size <= self.sizes[-1]
 
     def at_least(self, size: int) -> int:
-        return self.sizes[int(np.searchsorted(self.sizes, size))]
+        return self.sizes[bisect_left(self.sizes, size)]
 
 
 class StepGraphs:
@@ -128,21 +129,22 @@ class StepGraphs:
     ) -> None:
         self._attention = attention
         self._state = state
+        self._pad_at = state.num_rows * state.max_len  # in the flat slot table
         self._max_rows = max_rows
         self._prefill_rows = min(PREFILL_ROWS, max_rows)
         longest = max_tokens if attention.captures_prefill else 0
         coarse, fine = prefill_sizes(longest, steps=2), prefill_sizes(longest, steps=4)
-        self._decode = Family(decode, DecodeInputs, self._decode_arrays, decode_sizes(max_rows))
+        self._decode = Family(decode, DecodeInputs, self._decode_fields, decode_sizes(max_rows))
         of_any = partial(prefill, max_q_len=longest)
         of_short = partial(prefill, max_q_len=SHORT_ROW)
         many = [size for size in coarse if size >= MANY_TOKENS]
-        self._prefill = Family(of_any, PrefillInputs, self._prefill_arrays, fine)
-        self._short = Family(of_short, PrefillInputs, self._mixed_arrays, many)
-        self._mixed = Family(of_any, PrefillInputs, self._mixed_arrays, coarse)
+        self._prefill = Family(of_any, PrefillInputs, self._prefill_fields, fine)
+        self._short = Family(of_short, PrefillInputs, self._mixed_fields, many)
+        self._mixed = Family(of_any, PrefillInputs, self._mixed_fields, coarse)
         device = state.slot_table.device
         size = 5 * max(max_rows, longest) + (5 + NUM_PARAMS) * max_rows + 1
         self._inputs = torch.zeros(size, dtype=torch.int32, device=device)
-        self._staging = Staging(size)
+        self._staging = Staging(self._inputs)
         self._pool = None
         families = (self._prefill, self._mixed, self._short, self._decode)
         with tqdm(
@@ -162,10 +164,10 @@ class StepGraphs:
     def _capture(
         self, family: Family, size: int
     ) -> tuple[torch.cuda.CUDAGraph, GraphOutputs]:  # fmt: skip
-        arrays = family.arrays(StepArrays.empty(), size)
-        sizes = [len(array) for array in arrays]
+        fields = family.fields(StepArrays.empty(), size)
+        sizes = [field.size for field in fields]
         inputs = family.inputs_class(*self._inputs[: sum(sizes)].split(sizes))
-        self._staging.copy(arrays, self._inputs)
+        self._staging.copy(fields)
         family.run(inputs)  # compiles kernels and allocates workspaces, outside the capture
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
@@ -192,64 +194,47 @@ class StepGraphs:
         size = family.at_least(num_tokens)
         if family is self._decode:
             self._attention.plan_decode(step.kv_lens, size)
-        self._staging.copy(family.arrays(step, size), self._inputs)
+        self._staging.copy(family.fields(step, size))
         graph, outputs = family.graphs[size]
         graph.replay()
         return outputs
 
-    def _decode_arrays(self, step: StepArrays, size: int) -> list[np.ndarray]:
+    def _decode_fields(self, step: StepArrays, size: int) -> list[Field]:
         """DecodeInputs of `size` rows; those beyond the step's are padding."""
-        pad, pad_at = self._state.num_rows, self._state.num_rows * self._state.max_len
         return [
-            _fill_params(step.params, size),
-            _fill(step.rows, size, pad),
-            _fill(step.kv_lens, size, 0),
-            _fill(step.positions, size, 0),
-            _fill(step.slots, size, -1),
-            _fill(step.grown_at, size, pad_at),
+            Field(step.params, size),  # padding is greedy
+            Field(step.rows, size, self._state.num_rows),
+            Field(step.kv_lens, size),
+            Field(step.positions, size),
+            Field(step.slots, size, -1),
+            Field(step.grown_at, size, self._pad_at),
         ]
 
-    def _mixed_arrays(self, step: StepArrays, size: int) -> list[np.ndarray]:
+    def _mixed_fields(self, step: StepArrays, size: int) -> list[Field]:
         """PrefillInputs of `size` tokens in as many rows as there may be, of which some decode."""
         num_rows = min(size, self._max_rows)
-        decode_lens = _fill(step.kv_lens[: step.num_decode], num_rows, 0)
-        return [*self._prefill_arrays(step, size, num_rows), decode_lens]
+        decode_lens = Field(step.kv_lens[: step.num_decode], num_rows)
+        return [*self._prefill_fields(step, size, num_rows), decode_lens]
 
-    def _prefill_arrays(
+    def _prefill_fields(
         self, step: StepArrays, size: int, num_rows: int | None = None
-    ) -> list[np.ndarray]:
+    ) -> list[Field]:
         """PrefillInputs of `size` tokens in `num_rows` rows, by default few."""
-        pad, pad_at = self._state.num_rows, self._state.num_rows * self._state.max_len
         num_rows = num_rows or min(size, self._prefill_rows)
-        ends = np.cumsum(step.q_lens, dtype=np.int32)
-        num_tokens = len(step.positions)
-        ids = np.zeros(size, dtype=np.int32)
-        ids[: step.num_decode] = -1
-        ids[step.num_decode : num_tokens] = step.prefill_ids
-        starts = np.full(num_rows + 1, num_tokens, dtype=np.int32)
-        starts[0] = 0
-        starts[1 : len(ends) + 1] = ends
+        ends = step.q_lens.cumsum(dtype=np.int32)
+        ids = np.full(len(step.positions), -1, dtype=np.int32)
+        ids[step.num_decode :] = step.prefill_ids
+        starts = np.zeros(len(ends) + 1, dtype=np.int32)
+        starts[1:] = ends
         return [
-            _fill_params(step.params, num_rows),
-            ids,
-            _fill(np.repeat(step.rows, step.q_lens), size, pad),
-            _fill(step.positions, size, 0),
-            _fill(step.slots, size, -1),
-            _fill(step.grown_at, size, pad_at),
-            _fill(step.rows, num_rows, pad),
-            _fill(step.kv_lens, num_rows, 0),
-            _fill(ends - 1, num_rows, 0),
-            starts,
+            Field(step.params, num_rows),
+            Field(ids, size),
+            Field(step.owners, size, self._state.num_rows),
+            Field(step.positions, size),
+            Field(step.slots, size, -1),
+            Field(step.grown_at, size, self._pad_at),
+            Field(step.rows, num_rows, self._state.num_rows),
+            Field(step.kv_lens, num_rows),
+            Field(ends - 1, num_rows),
+            Field(starts, num_rows + 1, len(ids)),
         ]
-
-
-def _fill_params(params: np.ndarray, num_rows: int) -> np.ndarray:
-    out = np.zeros((NUM_PARAMS, num_rows), dtype=np.int32)  # padding is greedy
-    out[:, : params.shape[1]] = params
-    return out.reshape(-1)
-
-
-def _fill(values: np.ndarray, size: int, padding: int) -> np.ndarray:
-    out = np.full(size, padding, dtype=np.int32)
-    out[: len(values)] = values
-    return out

@@ -7,7 +7,6 @@ lets a step be launched before the one before it has ended.
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,6 +27,7 @@ class StepArrays:
     rows: np.ndarray  # [n]
     q_lens: np.ndarray  # [n] new tokens
     kv_lens: np.ndarray  # [n] tokens after this step
+    owners: np.ndarray  # [T] the token's row
     positions: np.ndarray  # [T]
     slots: np.ndarray  # [T]
     prefill_ids: np.ndarray  # [T - num_decode]
@@ -44,8 +44,8 @@ class StepArrays:
     def empty(cls) -> StepArrays:
         no_params, no_masks = np.empty((NUM_PARAMS, 0), dtype=np.int32), _NONE.reshape(0, 0)
         return cls(
-            0, _NONE, _NONE, _NONE, _NONE, _NONE, _NONE, _NONE, _NONE, _NONE, no_params, _NONE,
-            _NONE, _NONE, no_masks,
+            0, _NONE, _NONE, _NONE, _NONE, _NONE, _NONE, _NONE, _NONE, _NONE, _NONE, no_params,
+            _NONE, _NONE, _NONE, no_masks,
         )  # fmt: skip
 
 
@@ -61,6 +61,10 @@ class RowState:
         self.last_token = torch.zeros(num_rows + 1, dtype=torch.int32, device=device)
         self._seq_len = np.zeros(num_rows + 1, dtype=np.int32)  # tokens whose KV exists
         self._params = np.zeros((NUM_PARAMS, num_rows + 1), dtype=np.int32)
+        self._ones = np.ones(num_rows, dtype=np.int32)
+        self._count = np.arange(num_rows, dtype=np.int32)
+        for shared in (self._ones, self._count):  # by all steps
+            shared.flags.writeable = False
 
     def advance(self, plan: StepPlan, payload: bytes) -> StepArrays:
         """Reads a plan (StepPlan's docstring draws its payload) and moves the rows past it."""
@@ -75,29 +79,31 @@ class RowState:
             len(cached_at),
             plan.num_prefill_tokens,
         )
-        before = self._seq_len[rows]
+        index = rows.astype(np.intp)  # NumPy would make it, at each use
+        before = self._seq_len.take(index)
         if num_prefill:
-            q_lens = np.concatenate((np.ones(d, dtype=np.int32), chunk_lens))
-            positions, owners = _ranges(before, q_lens), np.repeat(rows, q_lens)
-            sample_of = np.concatenate((np.arange(d), d + np.flatnonzero(samples)))
-            sample_at = (np.cumsum(q_lens)[sample_of] - 1).astype(np.int32)
+            q_lens = np.concatenate((self._ones[:d], chunk_lens))
+            positions, owners = _ranges(before, q_lens), rows.repeat(q_lens)
+            sample_of = np.concatenate((self._count[:d], d + samples.nonzero()[0]))
+            sample_at = q_lens.cumsum(dtype=np.int32)[sample_of] - 1
         else:
-            q_lens = np.ones(d, dtype=np.int32)
+            q_lens = self._ones[:d]
             positions, owners = before, rows
-            sample_of = sample_at = np.arange(d, dtype=np.int32)
-        self._seq_len[rows] = kv_lens = before + q_lens
+            sample_of = sample_at = self._count[:d]
+        self._seq_len[index] = kv_lens = before + q_lens
         return StepArrays(
             num_decode=d,
             rows=rows,
             q_lens=q_lens,
             kv_lens=kv_lens,
+            owners=owners,
             positions=positions,
             slots=slots,
             prefill_ids=prefill_ids,
             sample_at=sample_at,
             sample_of=sample_of.astype(np.int32, copy=False),
             grown_at=owners * np.int32(self.max_len) + positions,
-            params=self._params.take(rows, axis=1),
+            params=self._params.take(index, axis=1),
             cached_at=cached_at,
             cached_slots=cached_slots,
             masked=np.array(plan.masked, dtype=np.int32) if plan.masked else _NONE,
@@ -115,15 +121,20 @@ class RowState:
 
 def _split(data: np.ndarray, *sizes: int) -> list[np.ndarray]:
     """The parts of these sizes, and what is left."""
-    ends = list(itertools.accumulate(sizes))
-    assert len(data) >= ends[-1], "the payload belies its header"
-    return [data[start:end] for start, end in zip([0, *ends], [*ends, None], strict=True)]
+    assert len(data) >= sum(sizes), "the payload belies its header"
+    parts, end = [], 0
+    for size in sizes:
+        start, end = end, end + size
+        parts.append(data[start:end])
+    return [*parts, data[end:]]
 
 
 def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Concatenated start, start + 1, ..., start + length - 1: int32."""
-    first = np.cumsum(lengths) - lengths
-    return (np.repeat(starts - first, lengths) + np.arange(lengths.sum())).astype(np.int32)
+    """Concatenated start, start + 1, ..., start + length - 1. All are int32; there is at least one
+    range, though it may be empty."""
+    ends = lengths.cumsum(dtype=np.int32)
+    offsets = starts - ends + lengths
+    return offsets.repeat(lengths) + np.arange(ends[-1], dtype=np.int32)
 
 
 def _params(specs: list[RowSpec]) -> np.ndarray:

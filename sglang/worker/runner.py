@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -28,6 +28,7 @@ from sglang.worker.parallel import TensorParallel
 from sglang.worker.prompt_logprobs import PromptScorer, ScoredSpan
 from sglang.worker.rows import NUM_PARAMS, RowState, StepArrays
 from sglang.worker.sampler import Masks, RowLogprobs, Sampler, draw
+from sglang.worker.staging import Landing
 from sglang.worker.warm_up import warm_up
 
 
@@ -36,22 +37,20 @@ class PendingStep:
     """A step that was launched; its tokens are on their way to the host."""
 
     step: int
-    tokens: torch.Tensor  # int32, host memory
+    tokens: Callable[[], np.ndarray]
+    """Waits for them, and for all the rest, which is in host memory too: int32."""
     wanted: np.ndarray | None  # which of them; None: all
-    logprobs: RowLogprobs | None
-    copied: torch.cuda.Event | None  # None: they are there
-    prompts: Sequence[ScoredSpan]
-    pooled: Sequence[PooledRow]
+    logprobs: RowLogprobs | None = None
+    prompts: Sequence[ScoredSpan] = ()
+    pooled: Sequence[PooledRow] = ()
 
     def wait(self) -> StepResult:
-        if self.copied is not None:
-            self.copied.synchronize()
-        logprobs = self.logprobs.messages() if self.logprobs is not None else []
-        tokens = self.tokens.numpy()
+        """To be called once."""
+        tokens = self.tokens()
         return StepResult(
             self.step,
             pack(tokens if self.wanted is None else tokens[self.wanted]),
-            logprobs,
+            self.logprobs.messages() if self.logprobs is not None else [],
             [span.message() for span in self.prompts],
             [row.message() for row in self.pooled],
         )
@@ -87,7 +86,8 @@ def kv_dtype(flag: str, model_dtype: str, device: torch.device) -> torch.dtype:
 
 class ModelRunner:
     """`launch` never waits for the device: it enqueues a step, behind those before it, and returns
-    what will hold its tokens."""
+    what will give its tokens. No gradients are asked for; torch's inference mode, which saves a
+    little time, is the caller's to enter."""
 
     def __init__(self, args: ServerArgs, config: ModelConfig, tp: TensorParallel) -> None:
         self.device = torch.device(config.device, tp.rank if config.device == "cuda" else None)
@@ -124,6 +124,7 @@ class ModelRunner:
         self.rows = RowState(num_rows, config.context_len, self.device)
         self.sampler = Sampler(num_rows, config.vocab_size, self.device, sharded=tp.size > 1)
         self.prompt_scorer, self.pooler = PromptScorer(), Pooler()
+        self._landing = Landing(num_rows) if self.device.type == "cuda" else None
 
         # CUDA graphs
         self.graphs = None
@@ -142,7 +143,6 @@ class ModelRunner:
             )
         warm_up(self)
 
-    @torch.inference_mode()
     def launch(self, plan: StepPlan, payload: bytes) -> PendingStep:
         step = self.rows.advance(plan, payload)
         if plan.opened:
@@ -160,9 +160,7 @@ class ModelRunner:
                 pooled=self.pooler.pool(pooled, hidden),
             )
         if self.sampler.is_plain(step.rows) and not plan.masked:
-            return self._send_home(
-                plan.step, outputs.tokens[: len(step.rows)], None, step.sample_of
-            )
+            return self._send_home(plan.step, outputs.tokens, None, step.sample_of)
         tokens, logprobs = self._sample_again(step, outputs)
         return self._send_home(plan.step, tokens, logprobs)
 
@@ -345,10 +343,11 @@ class ModelRunner:
         prompts: Sequence[ScoredSpan] = (),
         pooled: Sequence[PooledRow] = (),
     ) -> PendingStep:
+        """wanted: which of the tokens; None: all."""
         if self.checks_ranks:
-            self.tp.assert_same(tokens)
-        if self.device.type != "cuda":
-            return PendingStep(step, tokens, wanted, logprobs, None, prompts, pooled)
+            self.tp.assert_same(tokens if wanted is None else tokens[wanted.tolist()])
+        if self._landing is None:
+            return PendingStep(step, tokens.numpy, wanted, logprobs, prompts, pooled)
 
         def to_host(x: torch.Tensor) -> torch.Tensor:
             pinned = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
@@ -363,7 +362,6 @@ class ModelRunner:
             )
         prompts = [span.map(to_host) for span in prompts]
         pooled = [row.map(to_host) for row in pooled]
-        tokens = to_host(tokens)
-        copied = torch.cuda.Event()
-        copied.record()
-        return PendingStep(step, tokens, wanted, logprobs, copied, prompts, pooled)
+        return PendingStep(
+            step, self._landing.fetch(tokens), wanted, logprobs, prompts, pooled
+        )  # fmt: skip

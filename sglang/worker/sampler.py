@@ -61,19 +61,19 @@ class Sampler:
         self._adjustments: dict[int, _Adjustment] = {}
         self._is_adjusted = np.zeros(num_rows + 1, dtype=bool)
         self._is_random = np.zeros(num_rows + 1, dtype=bool)
-        self._is_filtered = np.zeros(num_rows + 1, dtype=bool)
         self._top_logprobs = np.full(num_rows + 1, -1, dtype=np.int32)
+        self._is_plain = np.ones(num_rows + 1, dtype=bool)
 
     def open(self, spec: RowSpec) -> None:
         row = spec.row
         self._is_random[row] = spec.temperature > 0
-        self._is_filtered[row] = spec.temperature > 0 and (
-            spec.top_k > 0 or spec.top_p < 1 or spec.min_p > 0
-        )
+        filtered = spec.temperature > 0 and (spec.top_k > 0 or spec.top_p < 1 or spec.min_p > 0)
         self._top_logprobs[row] = spec.top_logprobs
         self._adjustments.pop(row, None)
         adjusted = bool(spec.logit_bias or spec.suppress or spec.history)
         self._is_adjusted[row] = adjusted
+        asks_more = adjusted or spec.top_logprobs >= 0 or (self._sharded and filtered)
+        self._is_plain[row] = not asks_more
         if adjusted:
             self._adjustments[row] = self._adjustment(spec)
 
@@ -99,9 +99,7 @@ class Sampler:
 
     def is_plain(self, rows: np.ndarray) -> bool:
         """`draw` alone will do for these rows."""
-        if self._sharded and self._is_filtered[rows].any():
-            return False
-        return not (self._is_adjusted[rows].any() or (self._top_logprobs[rows] >= 0).any())
+        return bool(self._is_plain.take(rows).all())
 
     def __call__(
         self,

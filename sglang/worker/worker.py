@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import threading
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
 
@@ -92,9 +94,23 @@ def run_worker(args: ServerArgs, config: ModelConfig, addresses: Addresses, rank
     link.send_bytes(encode(ready))
 
     start_heartbeat()
-    decoder = Decoder(ToWorker)
+    _serve(runner, link, replies, recorder, lane, timed)
+
+
+@torch.inference_mode()  # once: to enter it takes longer than much of what a step does
+def _serve(
+    runner: ModelRunner,
+    link: Connection,
+    replies: Replies,
+    recorder: Recorder,
+    lane: Lane,
+    timed: Callable[[int], contextlib.AbstractContextManager],
+) -> None:
+    """The launch thread's loop."""
+    decoder, arrivals = Decoder(ToWorker), select.poll()
+    arrivals.register(link, select.POLLIN)
     while True:
-        while not link.poll(IDLE_SECONDS):
+        while not arrivals.poll(1000 * IDLE_SECONDS):
             replies.check()
         lane.skip()
         message = decoder.decode(link.recv_bytes())

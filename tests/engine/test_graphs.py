@@ -10,12 +10,14 @@ import random
 import pytest
 import torch
 
+from sglang.attention import AttentionShape
 from sglang.attention.triton import TritonAttention
 from sglang.messages import GenerateRequest, pack, unpack
 from sglang.sampling_params import SamplingParams
 from sglang.server_args import ServerArgs
 from sglang.worker.graphs import Family, StepGraphs, decode_sizes, prefill_sizes
 from sglang.worker.rows import StepArrays
+from sglang.worker.staging import lay_out
 from tests.engine.inprocess import InProcessEngine
 from tests.models import tiny
 
@@ -27,6 +29,7 @@ class Uncaptured:
     def __init__(self, run, inputs, outputs) -> None:
         self.run, self.inputs, self.outputs = run, inputs, outputs
 
+    @torch.inference_mode()
     def replay(self) -> None:
         new = self.run(self.inputs)
         for name, tensor in vars(self.outputs).items():
@@ -35,10 +38,10 @@ class Uncaptured:
 
 class RunGraphs(StepGraphs):
     def _capture(self, family, size):
-        arrays = family.arrays(StepArrays.empty(), size)
-        sizes = [len(array) for array in arrays]
+        fields = family.fields(StepArrays.empty(), size)
+        sizes = [field.size for field in fields]
         inputs = family.inputs_class(*self._inputs[: sum(sizes)].split(sizes))
-        self._staging.copy(arrays, self._inputs)
+        self._staging.copy(fields)
         outputs = family.run(inputs)
         return Uncaptured(family.run, inputs, outputs), outputs
 
@@ -46,12 +49,11 @@ class RunGraphs(StepGraphs):
 class Unpinned:
     """In Staging's place."""
 
-    def __init__(self, size: int) -> None:
-        pass
+    def __init__(self, to: torch.Tensor) -> None:
+        self._to = to.numpy()
 
-    def copy(self, arrays, to):
-        flat = torch.cat([torch.from_numpy(array) for array in arrays])
-        to[: len(flat)] = flat
+    def copy(self, fields):
+        lay_out(fields, self._to)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +65,9 @@ def engine(tmp_path_factory):
         max_running_requests=6, chunked_prefill_size=40,
     )  # fmt: skip
     engine = InProcessEngine(args)
-    engine.runner.attention = TritonAttention()  # its naive kernels read lengths on the device
+    # Its naive kernels read lengths on the device.
+    shape = AttentionShape(4, 2, 16, torch.float32, torch.float32, frozenset([0]), 6, 512)
+    engine.runner.attention = TritonAttention(shape)
     return engine
 
 
