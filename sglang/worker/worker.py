@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import threading
 from collections.abc import Callable
-from multiprocessing.connection import Connection
 from queue import SimpleQueue
 
 import torch
 
-from sglang.addresses import Addresses, connect
+from sglang.addresses import Addresses, Link, connect
 from sglang.messages import Decoder, StartProfile, StopProfile, ToWorker, WorkerReady, encode
 from sglang.model_config import ModelConfig
 from sglang.processes import start_heartbeat
@@ -35,7 +33,7 @@ class Replies:
     def __init__(
         self,
         device: torch.device,
-        link: Connection | None,
+        link: Link | None,
         lane: Lane,
         gpu_spans: GPUSpans | None,
     ) -> None:
@@ -100,17 +98,16 @@ def run_worker(args: ServerArgs, config: ModelConfig, addresses: Addresses, rank
 @torch.inference_mode()  # once: to enter it takes longer than much of what a step does
 def _serve(
     runner: ModelRunner,
-    link: Connection,
+    link: Link,
     replies: Replies,
     recorder: Recorder,
     lane: Lane,
     timed: Callable[[int], contextlib.AbstractContextManager],
 ) -> None:
     """The launch thread's loop."""
-    decoder, arrivals = Decoder(ToWorker), select.poll()
-    arrivals.register(link, select.POLLIN)
+    decoder = Decoder(ToWorker)
     while True:
-        while not arrivals.poll(1000 * IDLE_SECONDS):
+        while not link.poll(IDLE_SECONDS):
             replies.check()
         lane.skip()
         message = decoder.decode(link.recv_bytes())
