@@ -115,7 +115,7 @@ class Family:
 
 class StepGraphs:
     """`decode` and `prefill` are whole steps on the device, without a synchronisation; `prefill` is
-    told the most tokens that a row may have."""
+    told the most tokens that a row may have. To be captured before the first step."""
 
     def __init__(
         self,
@@ -125,7 +125,6 @@ class StepGraphs:
         state: RowState,
         max_rows: int,
         max_tokens: int,
-        show_progress: bool,
     ) -> None:
         self._attention = attention
         self._state = state
@@ -146,33 +145,46 @@ class StepGraphs:
         self._inputs = torch.zeros(size, dtype=torch.int32, device=device)
         self._staging = Staging(self._inputs)
         self._pool = None
-        families = (self._prefill, self._mixed, self._short, self._decode)
+        # The largest first: the others find their memory in its pool.
+        self._all = [
+            (family, size)
+            for family in (self._prefill, self._mixed, self._short, self._decode)
+            for size in family.sizes[::-1]
+        ]
+
+    def rehearse(self) -> None:
+        """Runs what is to be captured, for `compile_ahead`."""
+        for family, size in self._all:
+            family.run(self._padding(family, size))
+            self._state.last_token.zero_()  # what was drawn is no token
+
+    def capture(self, show_progress: bool) -> None:
         with tqdm(
-            total=sum(len(family.sizes) for family in families),
+            self._all,
             desc="Capturing CUDA graphs",
             unit="graph",
             disable=None if show_progress else True,
         ) as progress:
-            for family in families:
-                # The largest first: the others find their memory in its pool.
-                for size in family.sizes[::-1]:
-                    if family is self._decode:
-                        attention.plan_decode(np.empty(0, dtype=np.int32), size)
-                    family.graphs[size] = self._capture(family, size)
-                    progress.update()
+            for family, size in progress:
+                family.graphs[size] = self._capture(family.run, self._padding(family, size))
 
-    def _capture(
-        self, family: Family, size: int
-    ) -> tuple[torch.cuda.CUDAGraph, GraphOutputs]:  # fmt: skip
+    def _padding(self, family: Family, size: int) -> DecodeInputs | PrefillInputs:
+        """The inputs of a graph, where they will always be, and nothing but padding in them."""
+        if family is self._decode:
+            self._attention.plan_decode(np.empty(0, dtype=np.int32), size)
         fields = family.fields(StepArrays.empty(), size)
         sizes = [field.size for field in fields]
-        inputs = family.inputs_class(*self._inputs[: sum(sizes)].split(sizes))
         self._staging.copy(fields)
-        family.run(inputs)  # compiles kernels and allocates workspaces, outside the capture
+        return family.inputs_class(*self._inputs[: sum(sizes)].split(sizes))
+
+    def _capture(
+        self, run: Callable[..., GraphOutputs], inputs: DecodeInputs | PrefillInputs
+    ) -> tuple[torch.cuda.CUDAGraph, GraphOutputs]:
+        run(inputs)  # compiles kernels and allocates workspaces, outside the capture
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            outputs = family.run(inputs)
+            outputs = run(inputs)
         self._pool = self._pool or graph.pool()
         return graph, outputs
 

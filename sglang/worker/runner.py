@@ -15,6 +15,7 @@ from sglang.models.checkpoint import open_checkpoint
 from sglang.models.registry import build_model
 from sglang.server_args import ServerArgs
 from sglang.worker.batch import Batch
+from sglang.worker.compile_ahead import compile_ahead
 from sglang.worker.embeddings import PooledRow, Pooler
 from sglang.worker.graphs import (
     DecodeInputs,
@@ -139,8 +140,9 @@ class ModelRunner:
                     self.chunk_size + num_rows,
                     longest_worthwhile(config.weights_per_layer // tp.size),
                 ),
-                show_progress=tp.rank == 0,
             )
+            compile_ahead(self._rehearse)
+            self.graphs.capture(show_progress=tp.rank == 0)
         warm_up(self)
 
     def launch(self, plan: StepPlan, payload: bytes) -> PendingStep:
@@ -239,6 +241,17 @@ class ModelRunner:
         return self.model.forward(batch.input_ids, batch.positions, batch)
 
     # --- steps in graphs -------------------------------------------------------------------------
+
+    def _rehearse(self) -> None:
+        """All steps that will be captured, through few of the layers: kernels differ only by what
+        is before and after a layer, and by its window."""
+        assert self.graphs is not None
+        layers = self.model.layers
+        self.model.layers = torch.nn.ModuleList([*layers[:2], *layers[-1:]])
+        try:
+            self.graphs.rehearse()
+        finally:
+            self.model.layers = layers
 
     @torch.inference_mode()
     def _decode(self, inputs: DecodeInputs) -> GraphOutputs:
