@@ -1,17 +1,19 @@
 """Where the processes of one server meet: sockets in a private folder.
 
 Each inbox is a ZeroMQ PULL socket that its owner binds; whoever has something to say connects a
-PUSH socket to it. Router and model workers, who wait for each other at every step, have a plain
-Unix socket: there a message wakes one thread, where ZeroMQ's wakes three, its I/O threads among
-them. Two servers on one host never collide, since each has a folder of its own.
+PUSH socket to it. What the router says and hears at every step, to and from the model workers and
+to the detokenizer, goes through plain Unix sockets: there a message wakes one thread, where
+ZeroMQ's wakes three, its I/O threads among them. Two servers on one host never collide, since each
+has a folder of its own.
 """
 
 from __future__ import annotations
 
+import contextlib
 import select
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import zmq
@@ -43,8 +45,8 @@ class Addresses:
 
     @property
     def detokenizer(self) -> str:
-        """In: TokenBatch from the router."""
-        return self._ipc("detokenizer")
+        """Of a Unix socket. Out: TokenBatch. The router listens."""
+        return f"{self.folder}/detokenizer"
 
 
 def bind_inbox(context: zmq.Context, address: str) -> zmq.Socket:
@@ -73,35 +75,55 @@ class Link:
         self._readable.register(end, select.POLLIN)
         self._read = bytearray()
         """What is not handed out yet."""
+        self._unsent = bytearray()
 
     def send_bytes(self, *frames: bytes) -> None:
-        parts = [part for frame in frames for part in (len(frame).to_bytes(4, "little"), frame)]
-        self._socket.sendall(b"".join(parts))
+        self._socket.sendall(_join(frames))
+
+    def post(self, frame: bytes) -> None:
+        """Without waiting: what the other end has no room for is for `flush` to send."""
+        self._unsent += _join((frame,))
+        self.flush()
+
+    def flush(self) -> None:
+        if self._unsent:
+            with contextlib.suppress(BlockingIOError):
+                del self._unsent[: self._socket.send(self._unsent, socket.MSG_DONTWAIT)]
+
+    @property
+    def is_behind(self) -> bool:
+        """Something that was posted is not sent yet."""
+        return bool(self._unsent)
 
     def poll(self, seconds: float = 0.0) -> bool:
-        """Whether there is something to receive, or will be within that time."""
+        """Whether there is something to receive, or will be within that time. Only this method can
+        tell, and not the socket, from which it may have been read already."""
         return bool(self._read or self._readable.poll(1e3 * seconds))
 
     def recv_bytes(self) -> bytes:
         """The next frame. Raises EOFError if the other end is gone."""
         read = self._read
         while len(read) < 4 or len(read) < (end := 4 + int.from_bytes(read[:4], "little")):
-            some = self._socket.recv(1 << 16)
-            if not some:
+            size = len(read)
+            # In C from there to here: a Ctrl-C comes before or after, and nothing is lost by it.
+            any(map(read.extend, map(self._socket.recv, (1 << 16,))))
+            if len(read) == size:
                 raise EOFError
-            read += some
         frame = bytes(read[4:end])
         del read[:end]
         return frame
 
 
+def _join(frames: Sequence[bytes]) -> bytes:
+    return b"".join(part for frame in frames for part in (len(frame).to_bytes(4, "little"), frame))
+
+
 def listen(path: str) -> Iterator[Link]:
-    """To whoever connects, one after the other. Listens from the first `next` on."""
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(path)
-        listener.listen()
-        while True:
-            yield Link(listener.accept()[0])
+    """From now on; the links of those who connect, one after the other."""
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(path)
+    listener.listen()
+    return (Link(end) for end, _ in iter(listener.accept, None))
 
 
 def connect(path: str) -> Link:

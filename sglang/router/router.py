@@ -29,7 +29,7 @@ from sglang.router.scheduler import Scheduler
 from sglang.server_args import ServerArgs
 from sglang.spans import Recorder
 
-GRAMMAR_POLL_MS = 2
+POLL_MS = 2
 
 
 class Workers:
@@ -87,7 +87,7 @@ class Router:
         depth: int,
     ) -> None:
         self._requests = bind_inbox(context, addresses.router)
-        self._detokenizer = connect_outbox(context, addresses.detokenizer)
+        self._readers = listen(addresses.detokenizer)
         self._tokenizer_manager = connect_outbox(context, addresses.tokenizer_manager)
         self._workers = workers
         self._scheduler = scheduler
@@ -102,6 +102,7 @@ class Router:
 
     def run(self) -> None:
         scheduler, flying, lane = self._scheduler, self._scheduler.flying, self._lane
+        self._detokenizer = next(self._readers)
         while True:
             self._receive(wait=scheduler.is_idle())
             for request, grammar in self._grammars.done():
@@ -135,15 +136,19 @@ class Router:
         return True
 
     def _tell_detokenizer(self) -> None:
+        """Without waiting for it: if it has no room for more, it will get all the news in one."""
+        self._detokenizer.flush()
+        if self._detokenizer.is_behind:
+            return
         if (news := self._scheduler.take_outbox()) is not None:
-            self._detokenizer.send(encode(news))
+            self._detokenizer.post(encode(news))
             self._lane.lap("tell the detokenizer")
 
     def _receive(self, wait: bool) -> None:
-        """Takes in all that has arrived; with `wait`, waits for something to arrive, or a grammar
-        that is being compiled."""
-        if wait and self._grammars.num_pending:
-            self._requests.poll(GRAMMAR_POLL_MS)
+        """Takes in all that has arrived; with `wait`, waits for something to arrive, a grammar that
+        is being compiled, or room for news."""
+        if wait and (self._grammars.num_pending or self._detokenizer.is_behind):
+            self._requests.poll(POLL_MS)
             wait = False
         while True:
             try:

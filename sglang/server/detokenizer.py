@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import zmq
 
-from sglang.addresses import Addresses, bind_inbox, connect_outbox
+from sglang.addresses import Addresses, connect, connect_outbox
 from sglang.messages import (
     AbortRequest,
     Decoder,
@@ -207,7 +207,6 @@ class Detokenizer:
 def run_detokenizer(args: ServerArgs, model: ModelConfig, addresses: Addresses) -> None:
     """Serves until its process is ended."""
     context = zmq.Context()
-    inbox = bind_inbox(context, addresses.detokenizer)
     router = connect_outbox(context, addresses.router)
     tokenizer_manager = connect_outbox(context, addresses.tokenizer_manager)
     tokenizer = None
@@ -215,10 +214,11 @@ def run_detokenizer(args: ServerArgs, model: ModelConfig, addresses: Addresses) 
         from sglang.tokenizer import Tokenizer
 
         tokenizer = Tokenizer.load(model, args)
+    news = connect(addresses.detokenizer)
     detokenizer = Detokenizer(tokenizer)
     decoder = Decoder(TokenBatch)
     while True:
-        deltas, stopped = detokenizer.step(decoder.decode(inbox.recv()))
+        deltas, stopped = detokenizer.step(decoder.decode(news.recv_bytes()))
         if stopped:
             router.send(encode(AbortRequest(stopped, silent=True)))
         if deltas:

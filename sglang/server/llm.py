@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import zmq
 from tqdm import tqdm
 
-from sglang.addresses import bind_inbox, connect_outbox
+from sglang.addresses import bind_inbox, connect, connect_outbox
 from sglang.messages import (
     AbortRequest,
     Decoder,
@@ -72,9 +72,8 @@ class LLM:
             addresses = processes.addresses
             self._profile = Profile(addresses.folder)
             self._router = connect_outbox(context, addresses.router)
-            self._tokens = bind_inbox(context, addresses.detokenizer)
             self._answers = bind_inbox(context, addresses.tokenizer_manager)
-            self._tokens.rcvtimeo = self._answers.rcvtimeo = _POLL_MS
+            self._answers.rcvtimeo = _POLL_MS
             self._decode_tokens = Decoder(TokenBatch).decode
             self._decode_answer = Decoder(ToTokenizerManager).decode
             processes.start()
@@ -87,6 +86,7 @@ class LLM:
             self._handles = itertools.count(1)
             self._lock = threading.Lock()
             self.engine = self._answer(EngineReady)
+            self._tokens = connect(addresses.detokenizer)
         except BaseException:
             self._stop()
             raise
@@ -229,23 +229,29 @@ class LLM:
 
     def _deltas(self) -> list[StreamDelta]:
         """What one step brought. With no reader of single tokens, mostly the ends of requests."""
-        batch = self._decode_tokens(self._receive(self._tokens))
-        deltas, stopped = self._detokenizer.step(batch)
+        deltas, stopped = self._detokenizer.step(self._decode_tokens(self._receive()))
         if stopped:
             self._router.send(encode(AbortRequest(stopped, silent=True)))
         return deltas
 
     def _answer(self, kind: type[M]) -> M:
-        answer = self._decode_answer(self._receive(self._answers))
-        assert isinstance(answer, kind)
-        return answer
-
-    def _receive(self, socket: zmq.Socket) -> bytes:
         while True:
             try:
-                return socket.recv()
+                answer = self._decode_answer(self._answers.recv())
             except zmq.Again:
                 self._failure.check()
+            else:
+                assert isinstance(answer, kind)
+                return answer
+
+    def _receive(self) -> bytes:
+        while True:
+            self._check_alive()
+            try:
+                if self._tokens.poll(_POLL_MS / 1e3):
+                    return self._tokens.recv_bytes()
+            except EOFError:  # the supervisor is about to say why
+                time.sleep(0.01)
 
     def _check_alive(self) -> None:
         if not self._stop.alive:
