@@ -7,6 +7,7 @@ kernel, by default with the configuration that it would choose itself; the secon
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Callable
 
 import torch
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from sglang.kernels import (
     activation,
     decode_attention,
+    decode_shares,
     extend_attention,
     gemv,
     norm,
@@ -47,31 +49,53 @@ def int32(values: object) -> torch.Tensor:
 
 
 class PagedKV:
-    """Rows of one length each in a cache whose slots are shuffled."""
+    """Rows of one length each, or of all lengths up to twice that, in a cache whose slots are
+    shuffled."""
 
     def __init__(
-        self, batch: int, kv_len: int, kv_heads: int, head_dim: int, dtype: torch.dtype = DTYPE
+        self,
+        batch: int,
+        kv_len: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype = DTYPE,
+        mixed: bool = False,
     ) -> None:
-        each = batch * kv_len * kv_heads * head_dim * 2 * dtype.itemsize
+        lens = [kv_len] * batch
+        if mixed:
+            lens = [2 * kv_len * (i + 1) // batch for i in range(batch)]
+            random.Random(0).shuffle(lens)
+            kv_len *= 2
+        each = sum(lens) * kv_heads * head_dim * 2 * dtype.itemsize
         self.sets = copies(each)
         rows = batch * self.sets
         self.k, self.v = randn(2, rows * kv_len, kv_heads, head_dim).to(dtype)
         self.table = torch.randperm(rows * kv_len, device="cuda").int().view(rows, kv_len)
         self.rows = torch.arange(rows, device="cuda").int().view(self.sets, batch)
-        self.lens = int32([kv_len] * batch)
+        self.lens = int32(lens)
         self.bytes = each
 
 
 def decode_case(
-    batch: int, kv_len: int, q_heads: int, kv_heads: int, dim: int, dtype: torch.dtype = DTYPE
+    batch: int,
+    kv_len: int,
+    q_heads: int,
+    kv_heads: int,
+    dim: int,
+    dtype: torch.dtype = DTYPE,
+    mixed: bool = False,
 ):
-    kv = PagedKV(batch, kv_len, kv_heads, dim, dtype)
+    kv = PagedKV(batch, kv_len, kv_heads, dim, dtype, mixed)
     q = randn(batch, q_heads, dim)
 
     def timed(name: str, config=None) -> Timed:
+        # Once a step, for all layers.
+        shares = decode_shares.share_out(kv.lens, q_heads, kv_heads, dim, dtype, config=config)
+        torch.cuda.synchronize()
+
         def call(rows):
             return lambda: decode_attention.decode_attention_triton(
-                q, kv.k, kv.v, kv.table, rows, kv.lens, dim**-0.5, 0, config
+                q, kv.k, kv.v, kv.table, rows, kv.lens, dim**-0.5, shares=shares
             )
 
         return name, [call(rows) for rows in kv.rows], kv.bytes + 2 * q.nbytes, 0
@@ -255,6 +279,7 @@ CASES: dict[str, tuple[Callable, list[tuple], list[tuple]]] = {
             (1, 32768, 16, 8, 128),
             *((b, 1024, 16, 8, 128, FP8) for b in (1, 64, 256)),
             (256, 560, 32, 32, 128, FP8),
+            *((256, 560, heads, kv, 128, DTYPE, True) for heads, kv in ((16, 8), (32, 32))),
         ],
         [(1, 2048, 16, 8, 128), (64, 2048, 16, 8, 128), (256, 2048, 16, 8, 128)],
     ),

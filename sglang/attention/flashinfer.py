@@ -85,7 +85,7 @@ class FlashInferAttention(AttentionBackend):
         gather_slots(slot_table, rows, starts.to(self._device, non_blocking=True), slots)
         return slots
 
-    def forward(
+    def attend(
         self,
         q: torch.Tensor,
         k: torch.Tensor,

@@ -28,7 +28,7 @@ class TorchNativeAttention(AttentionBackend):
     def begin(self, batch: Batch) -> None:
         self._windowed = {}
 
-    def forward(
+    def attend(
         self,
         q: torch.Tensor,
         k: torch.Tensor,

@@ -8,21 +8,23 @@ import pytest
 import torch
 
 from sglang.kernels.decode_attention import (
-    DecodeConfig,
     decode_attention,
     decode_attention_naive,
     decode_attention_triton,
 )
+from sglang.kernels.decode_shares import DecodeConfig, share_out
 from sglang.kernels.extend_attention import (
     ExtendConfig,
     extend_attention_naive,
     extend_attention_triton,
     extend_config,
 )
+from sglang.kernels.rope import Rope
 
 from .common import DEVICE, DTYPES, GPU, assert_close, int32, randn, seeds
 
 HEAD_DIMS = [64, 80, 128, 256]
+DECODE_CONFIG = DecodeConfig(32, 4, 2, programs=16)
 
 
 class Cache:
@@ -35,6 +37,24 @@ class Cache:
 
     def args(self) -> tuple[torch.Tensor, ...]:
         return self.k, self.v, self.table, self.rows
+
+    def decode(
+        self,
+        q: torch.Tensor,
+        lens: torch.Tensor,
+        scale: float = 0.1,
+        window: int = 0,
+        config: DecodeConfig = DECODE_CONFIG,
+        out: torch.Tensor | None = None,
+        rope: Rope | None = None,
+    ) -> torch.Tensor:
+        """With the work shared out to so many programs."""
+        _, kv_heads, dim = self.k.shape
+        heads = q.shape[1] - (2 * kv_heads if rope else 0)
+        shares = share_out(lens, heads, kv_heads, dim, self.k.dtype, window, config)
+        if GPU:
+            torch.cuda.synchronize()  # they are read before the kernel before has ended
+        return decode_attention_triton(q, *self.args(), lens, scale, window, out, shares, rope)
 
 
 def qkv(tokens: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> Sequence:
@@ -56,15 +76,66 @@ def test_decode_agrees_with_its_twin(seed: int) -> None:
     lens = int32([rng.choice([0, 1, 2, 63, 64, 65, rng.randint(1, max_len)]) for _ in range(n)])
     cache = Cache(n, max_len, kv_heads, dim, dtype)
     q = randn(n, kv_heads * group, dim, dtype=dtype)
-    splits = rng.choice([1, 2, 8])
-    configs = [DecodeConfig(rng.choice([32, 64]), 4, 2, splits, rng.choice([32, 64, 256]))]
-    if GPU:
-        configs.append(None)
+    config = DecodeConfig(rng.choice([32, 64]), 4, 2, programs=rng.choice([1, 7, 24, 300]))
     expected = decode_attention_naive(q, *cache.args(), lens, dim**-0.5, window)
-    for config in configs:
+    out = torch.zeros_like(q)
+    assert_close(cache.decode(q, lens, dim**-0.5, window, config, out), expected)
+    if GPU:
         out = torch.zeros_like(q)
-        decode_attention_triton(q, *cache.args(), lens, dim**-0.5, window, config, out)
+        decode_attention(q, *cache.args(), lens, dim**-0.5, window, out)
         assert_close(out, expected)
+
+
+@pytest.mark.parametrize("seed", seeds(24, 16))
+def test_decode_with_rope_agrees_with_its_twin_and_leaves_the_same_caches(seed: int) -> None:
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    dtype = torch.bfloat16 if GPU else torch.float16
+    n, max_len = (33, 2000) if GPU else (3, 150)
+    kv_heads, group, dim = rng.choice([1, 2]), rng.choice([1, 2, 5, 20]), rng.choice(HEAD_DIMS)
+    lens = int32([rng.choice([0, 1, 2, 64, 65, rng.randint(1, max_len)]) for _ in range(n)])
+    cache = Cache(n, max_len, kv_heads, dim, dtype)
+    norms = rng.choice([(), tuple(randn(2, dim, dtype=dtype))])
+    cos_sin = torch.rand(max_len, dim, device=DEVICE) * 2 - 1
+    qkv = randn(n, kv_heads * (group + 2), dim, dtype=dtype)
+    if rng.random() < 0.4:
+        cache.k, cache.v = (x.to(torch.float8_e4m3fn) for x in (cache.k, cache.v))
+        if not GPU:  # the interpreter rounds to 8 bits wrongly: nothing is to be rounded there
+            qkv, norms = qkv.to(torch.float8_e4m3fn).to(dtype), ()
+            cos_sin[:, : dim // 2], cos_sin[:, dim // 2 :] = 0.0, 1.0
+    rope = Rope(cos_sin, *norms)
+    caches = cache.k.clone(), cache.v.clone()
+    expected = decode_attention_naive(
+        qkv, *caches, cache.table, cache.rows, lens, dim**-0.5, rope=rope
+    )
+    config = DecodeConfig(32, 4, 2, programs=rng.choice([1, 7, 24, 300]))
+    out = torch.zeros_like(expected)
+    assert_close(cache.decode(qkv, lens, dim**-0.5, config=config, out=out, rope=rope), expected)
+    for ours, theirs in zip((cache.k, cache.v), caches, strict=True):
+        # A float that is rounded otherwise may be the next one of 8 bits.
+        close = torch.isclose(ours.float(), theirs.float(), rtol=0.13, atol=0.01)
+        assert close.all() and (ours.float() == theirs.float()).float().mean() > 0.99
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_shares_are_equal_and_all_there_is(seed: int) -> None:
+    rng = random.Random(seed)
+    lens = [rng.choice([0, 1, 32, 33, rng.randint(1, 5000)]) for _ in range(rng.randint(1, 40))]
+    window = rng.choice([0, 0, 100])
+    config = DecodeConfig(32, 4, 2, programs=rng.randint(1, 400))
+    shares = share_out(int32(lens), 4, 2, 64, torch.float16, window, config)
+    tiles = [-(-(min(n, window) if window else n) // 32) for n in lens]
+    expected = [(row, tile) for row, count in enumerate(tiles) for tile in range(count)]
+    busy = min(shares.programs, len(expected))
+    for p, (row, tile, last_row, start, end, total, *_) in enumerate(shares.work.tolist()):
+        part = expected[start:end] if p < busy else []
+        assert total == len(expected)
+        if part:
+            assert start == p * len(expected) // busy
+            assert end == (p + 1) * len(expected) // busy
+            assert (row, tile, last_row) == (*part[0], part[-1][0])
+        else:
+            assert last_row < 0
 
 
 @pytest.mark.parametrize("seed", seeds(50, 24))
@@ -106,11 +177,10 @@ def test_rows_of_length_zero_are_left_as_they_were_and_leave_the_others_alone() 
     cache = Cache(3, 100, 2, 64, dtype)
     q, k, v = qkv(3, 4, 2, 64, dtype)
     out = torch.full(q.shape, 7.0, dtype=dtype, device=DEVICE)
-    config = DecodeConfig(32, 4, 2, 4, 32)
-    full = decode_attention_triton(q, *cache.args(), int32([70, 5, 100]), 0.1, 0, config)
-    some = decode_attention_triton(q, *cache.args(), int32([70, 0, 100]), 0.1, 0, config, out)
+    lens = int32([70, 0, 100])
+    some = cache.decode(q, lens, out=out)
     assert (some[1] == 7).all()
-    assert torch.equal(some[[0, 2]], full[[0, 2]])
+    assert_close(some[[0, 2]], decode_attention_naive(q, *cache.args(), lens, 0.1)[[0, 2]])
 
     starts, lens = int32([0, 1, 2, 3]), int32([70, 0, 100])
     tile = ExtendConfig(16, 32, 4, 2, pack=False)
@@ -127,7 +197,7 @@ def test_what_lies_past_the_end_of_a_row_is_never_read() -> None:
     cache.k[unused] = cache.v[unused] = float("nan")
     q = randn(1, 2, 64, dtype=dtype)
     args = (*cache.args(), int32([41]), 0.1, 0)
-    out = decode_attention_triton(q, *args, DecodeConfig(32, 4, 2, 4, 32))
+    out = cache.decode(q, int32([41]))
     assert_close(out, decode_attention_naive(q, *args))
     starts, lens = int32([0, 1]), int32([41])
     tile = ExtendConfig(16, 32, 4, 2, pack=True)
@@ -144,7 +214,7 @@ def test_a_captured_decode_follows_what_changes_on_the_device() -> None:
     out = decode_attention(*args)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        decode_attention(*args, out)
+        decode_attention(*args, out=out)
     for new_lens in ([3000, 17, 5, 0], [1, 1000, 257, 256]):
         lens.copy_(int32(new_lens))
         out.zero_()
@@ -160,8 +230,7 @@ def test_a_cache_of_8_bit_floats_is_read_as_what_it_holds(window: int) -> None:
     cache.k, cache.v = (x.to(torch.float8_e4m3fn) for x in (cache.k, cache.v))
     q, lens = randn(5, 4, 64, dtype=dtype), int32([70, 100])
     small = (q[:2], *cache.args(), lens, 0.1, window)
-    config = DecodeConfig(32, 4, 2, 4, 32)
-    assert_close(decode_attention_triton(*small, config), decode_attention_naive(*small))
+    assert_close(cache.decode(q[:2], lens, window=window), decode_attention_naive(*small))
     new = qkv(5, 4, 2, 64, dtype)
     large = (*new, *cache.args(), int32([0, 2, 5]), lens, 0.1, window, 3)
     tile = ExtendConfig(16, 32, 4, 2, pack=True)
