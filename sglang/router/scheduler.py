@@ -124,7 +124,8 @@ class Scheduler:
         deadline = time.perf_counter() + GRAMMAR_SECONDS
         while (not self.flying or time.perf_counter() < deadline) and self.follow_grammar():
             pass
-        self._plan_decode(builder)
+        if not self.rows.is_empty:
+            self._plan_decode(builder)
         budget = self._plan_chunks(builder, self._prefilling, self._chunk_size)
         self._plan_chunks(builder, self._admit(builder, budget), budget)
         self._prefilling = [
@@ -153,8 +154,6 @@ class Scheduler:
                 oldest = np.argsort(rows.admission[ready], kind="stable")
                 ready = np.sort(ready[oldest[: self.allocator.num_free]])
         if len(ready):
-            # Attention takes the rows in this order: what lasts longest begins first.
-            ready = ready[np.argsort(-rows.planned[ready], kind="stable")]
             at = rows.planned[ready]
             slots = self.allocator.alloc(len(ready))
             rows.slots[ready, at] = slots
@@ -228,7 +227,7 @@ class Scheduler:
     def _claims(self) -> Claims:
         """Of running requests whose prompt is not wholly in the tree yet."""
         claims, rows = Claims(), self.rows
-        if not self.cache.disabled:
+        if not (self.cache.disabled or rows.is_empty):
             for row in np.flatnonzero(rows.running() & (rows.known == rows.prefill_len)).tolist():
                 request = rows.request(row)
                 claims.add(request.tokens, request.cached)
@@ -321,11 +320,12 @@ class Scheduler:
     def _append(self, sampled: np.ndarray, tokens: np.ndarray, result: StepResult) -> None:
         """The sampled tokens become known; requests that are complete leave."""
         rows = self.rows
-        # A preempted row's results count; an ended one's do not. With max_new_tokens = 0 the
-        # prompt's own result is not wanted either.
-        counts = ~rows.ended[sampled]
-        wanted = counts & (rows.known[sampled] < rows.limit[sampled])
-        kept, new = sampled[wanted], tokens[wanted]
+        ended = rows.ended[sampled]
+        if ended.any():  # a preempted row's results count; an ended one's do not
+            sampled, tokens = sampled[~ended], tokens[~ended]
+        kept, new, room = sampled, tokens, rows.known[sampled] < rows.limit[sampled]
+        if not room.all():  # with max_new_tokens = 0 the prompt's own result is not wanted either
+            kept, new = sampled[room], tokens[room]
         at = rows.known[kept]
         rows.tokens[kept, at] = new
         rows.known[kept] = at + 1
@@ -341,7 +341,7 @@ class Scheduler:
             self._constrained.add_token(request, int(token))
             if rows.leaving[row]:  # it is about to be settled
                 self._take_in_token(request)
-        full = sampled[counts & (rows.known[sampled] >= rows.limit[sampled])]
+        full = sampled[rows.known[sampled] >= rows.limit[sampled]]
         for row in full[~rows.ended[full] & ~rows.unread[full]]:
             self._complete(row, "length")
 
