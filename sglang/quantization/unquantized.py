@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
+from sglang.kernels.few_linear import few_linear, is_small
 from sglang.kernels.gated_linear import gated_linear
 from sglang.kernels.gemv import fused_linear, is_few
 from sglang.quantization.base import LinearMethod, Quantization, StoredTensor
@@ -53,6 +54,8 @@ class Unquantized(LinearMethod, Quantization):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if is_few(x):
             return fused_linear(x, layer.weight, bias, residual, norm.weight, norm.eps, gated)
+        if layer.packed is None and residual is None and is_small(x, layer.weight):
+            return few_linear(x, layer.weight, bias, norm.weight, norm.eps, gated), x
         return super().apply_normed(layer, x, bias, norm, residual, gated)
 
     def apply_gated(
@@ -65,8 +68,11 @@ class Unquantized(LinearMethod, Quantization):
     def apply_added(
         self, layer: Linear, x: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if layer.packed is None and bias is None and not is_few(x):  # BLAS adds up as it goes
-            return residual.addmm_(x, layer.weight.t()), None
+        if layer.packed is None and not is_few(x):
+            if is_small(x, layer.weight):
+                return few_linear(x, layer.weight, bias, added=residual), None
+            if bias is None:  # BLAS adds up as it goes
+                return residual.addmm_(x, layer.weight.t()), None
         return super().apply_added(layer, x, bias, residual)
 
 
