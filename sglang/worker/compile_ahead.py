@@ -22,8 +22,8 @@ def compile_ahead(rehearse: Callable[[], None]) -> None:
     """Compiles all that `rehearse` would launch. Its kernels do not run: their outputs hold
     anything. Before Triton 3.5, whose compiler was not made for threads, nothing happens.
 
-    What cannot be compiled so is compiled at its first launch, where an error is told too. Constexpr
-    arguments must be such as JSON holds, or be data types.
+    What cannot be compiled so is compiled at its first launch, where an error is told too.
+    Constexpr arguments must be data types, or what JSON holds.
     """
     import triton
 
