@@ -12,10 +12,12 @@ import math
 import torch
 import triton
 import triton.language as tl
+from triton.runtime.interpreter import InterpretedFunction
 
 from sglang.kernels.decode_shares import Shares, program_of, share_out, share_start, tiles_of
+from sglang.kernels.kv_tiles import load_tile, prefetch_tile, store_new
 from sglang.kernels.launch import FLOAT32, counters, launch_next, pdl, wait_for_previous
-from sglang.kernels.rope import Rope, load_columns, load_turned, rope_and_write_kv_naive, to_cache
+from sglang.kernels.rope import Rope, load_columns, load_turned, rope_and_write_kv_naive
 
 
 def decode_attention(
@@ -101,38 +103,6 @@ def _rope_naive(
 
 
 @triton.jit
-def _load_tile(base, offset, seen, half, a, b, D: tl.constexpr, PAIRS: tl.constexpr):
-    """(columns a, columns b) of a tile of K or V, [BLOCK_N, BLOCK_D / 2] each. PAIRS: the cache has
-    8-bit floats, and its elements are two of them: a is the even columns, b the odd ones."""
-    if PAIRS:
-        mask = seen[:, None] & (half[None, :] < D // 2)
-        both = tl.load(base + offset + half[None, :], mask=mask, other=0)
-        even = (both & 0xFF).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float16)
-        odd = ((both >> 8) & 0xFF).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float16)
-        return even, odd
-    else:
-        mask_a = seen[:, None] & (a[None, :] < D)
-        mask_b = seen[:, None] & (b[None, :] < D)
-        return (
-            tl.load(base + offset + a[None, :], mask=mask_a, other=0.0),
-            tl.load(base + offset + b[None, :], mask=mask_b, other=0.0),
-        )
-
-
-@triton.jit
-def _prefetch(base, slots, kv_stride, D: tl.constexpr, PAIRS: tl.constexpr):
-    """Into the L2: a tile of K or V."""
-    WIDTH: tl.constexpr = D // 2 if PAIRS else D
-    LINE: tl.constexpr = 128 // (base.dtype.element_ty.primitive_bitwidth // 8)
-    line = tl.arange(0, triton.next_power_of_2((WIDTH + LINE - 1) // LINE)) * LINE
-    at = base + (slots.to(tl.int64) * kv_stride)[:, None] + tl.minimum(line, WIDTH - 1)[None, :]
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at.to(tl.int64)],
-        dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@triton.jit
 def _merge(
     partial_ptr,
     lse_ptr,
@@ -175,20 +145,6 @@ def _merge(
     tl.store(out_ptr + at_head * D + d, (merged / total).to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
-def _store_new(at, x_a, x_b, a, b, half, D: tl.constexpr, PAIRS: tl.constexpr):
-    """A token's K or V goes into the cache -> what is there, in the parts of _load_tile."""
-    if PAIRS:
-        x_a, x_b = to_cache(x_a, tl.float8e4nv), to_cache(x_b, tl.float8e4nv)
-        even, odd = x_a.to(tl.uint8, bitcast=True), x_b.to(tl.uint8, bitcast=True)
-        both = even.to(tl.int16) | (odd.to(tl.int16) << 8)
-        tl.store(at + half[None, :], both, mask=(half < D // 2)[None, :])
-    else:
-        tl.store(at + a[None, :], x_a, mask=(a < D)[None, :])
-        tl.store(at + b[None, :], x_b, mask=(b < D)[None, :])
-    return x_a.to(tl.float32), x_b.to(tl.float32)
-
-
 # What varies from step to step, alignment included, must not compile a kernel anew.
 @triton.jit(do_not_specialize_on_alignment=["rows_ptr", "lens_ptr"])
 def _decode_kernel(
@@ -224,15 +180,13 @@ def _decode_kernel(
     ROPE: tl.constexpr,
     NORM: tl.constexpr,
     PAIRS: tl.constexpr,
+    ASM: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """A row is whole, or it is the last of one program, all of the next ones and the first of
     another. So a program has at most two parts of rows: its first row's and its last row's. With
     ROPE, the program that has a row's last token puts that into the cache.
-
-    A head's elements are in two parts, a and b, that are multiplied apart. Of a 16-bit cache that
-    is its first half and the rest. An 8-bit cache is read as pairs, of which a is the first: so the
-    tiles are of 16-bit elements, which load into the layout of the tensor cores as they are.
+    A head's elements are in the parts a and b of kv_tiles.py.
     """
     HEAD_BLOCKS: tl.constexpr = (GROUP + BLOCK_H - 1) // BLOCK_H
     HALVES: tl.constexpr = not PAIRS and D == BLOCK_D
@@ -268,8 +222,8 @@ def _decode_kernel(
             start += tl.maximum(kv_len - WINDOW, 0)
         for at in tl.range(start, start + tl.minimum(left, EARLY_TILES) * BLOCK_N, BLOCK_N):
             slots = tl.load(table + at + n, mask=at + n < kv_len, other=0)
-            _prefetch(k_base, slots, kv_stride, D, PAIRS)
-            _prefetch(v_base, slots, kv_stride, D, PAIRS)
+            prefetch_tile(k_base, slots, kv_stride, D, PAIRS)
+            prefetch_tile(v_base, slots, kv_stride, D, PAIRS)
     launch_next(PDL)
     wait_for_previous(PDL)
     for i in tl.range(first_row, last_row + 1):
@@ -309,8 +263,8 @@ def _decode_kernel(
             for at in tl.range(start, end, BLOCK_N):
                 seen = at + n < end
                 offset = (slots.to(tl.int64) * kv_stride)[:, None]
-                k_a, k_b = _load_tile(k_base, offset, seen, half, a, b, D, PAIRS)
-                v_a, v_b = _load_tile(v_base, offset, seen, half, a, b, D, PAIRS)
+                k_a, k_b = load_tile(k_base, offset, seen, half, a, b, D, PAIRS, ASM)
+                v_a, v_b = load_tile(v_base, offset, seen, half, a, b, D, PAIRS, ASM)
                 ahead = at + BLOCK_N + n
                 slots = tl.load(table + ahead, mask=ahead < end, other=0)
                 scores = tl.dot(q_a, tl.trans(k_a), input_precision=FLOAT32)
@@ -335,10 +289,10 @@ def _decode_kernel(
                         new_at, one_head == 0, a, b, cos_sin, k_norm_ptr, eps, D, NORM, HALVES
                     )
                     v_a, v_b = load_columns(new_at + HQ // GROUP * D, one_head == 0, a, b, D)
-                    k_a, k_b = _store_new(
+                    k_a, k_b = store_new(
                         k_base + new_slot, k_a.to(dtype), k_b.to(dtype), a, b, half, D, PAIRS
                     )
-                    v_a, v_b = _store_new(v_base + new_slot, v_a, v_b, a, b, half, D, PAIRS)
+                    v_a, v_b = store_new(v_base + new_slot, v_a, v_b, a, b, half, D, PAIRS)
                     score = tl.sum(q_a.to(tl.float32) * k_a, 1) + tl.sum(
                         q_b.to(tl.float32) * k_b, 1
                     )
@@ -439,6 +393,7 @@ def decode_attention_triton(
         ROPE=rope is not None,
         NORM=rope is not None and rope.q_norm is not None,
         PAIRS=pairs,
+        ASM=not isinstance(_decode_kernel, InterpretedFunction),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         **early,
