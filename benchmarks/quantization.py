@@ -137,11 +137,11 @@ def candidates(method: str, shape: Shape, tokens: int) -> list:
     if method == "int4":
         if tokens == 1:
             found += [
-                int4_gemv.Int4GemvConfig(n, t, w)
-                for n, t, w in (
-                    [(4, 1, 4), (4, 2, 4), (4, 4, 4), (8, 1, 4), (8, 2, 4), (8, 4, 4), (8, 1, 2)]
+                int4_gemv.Int4GemvConfig(rows, warps, per_sm)
+                for rows, warps, per_sm in (
+                    [(4, 4, 4), (4, 4, 3), (4, 4, 2), (2, 4, 4), (2, 4, 6), (4, 2, 6)]
                     if shape.k <= 8192
-                    else [(4, 1, 4), (4, 2, 8), (4, 4, 8), (8, 1, 8), (8, 2, 8), (2, 2, 4)]
+                    else [(2, 4, 3), (2, 4, 2), (2, 8, 1), (1, 4, 4), (1, 8, 2)]
                 )
             ]
         tiles = {

@@ -2,15 +2,32 @@
 
 As in kernels/gemv.py one kernel does residual addition, RMSNorm, product, bias and SwiGLU, and asks
 for its weights before the kernel before it has ended. But here instructions are as scarce as bytes:
-an H200 reads 4-bit weights so fast that it can spend three or four instructions on each. A weight
-takes two and a half. Its four bits go into the mantissa of a float32 1.0, half an instruction to
-shift and one to insert; one multiplies and adds. The ones are taken off each sum of sixteen, like
-the zero points. All products and sums are in float32.
+an H200 reads 4-bit weights so fast that it can spend three or four instructions on each. So tensor
+cores multiply, though there is but one token, and as operands they take registers as loads fill
+them. A lane loads a chunk of a row, 16 bytes or 32 weights, and holds the chunk's 32 inputs:
+
+    lane       0 1 2 3 | 4 5 6 7 | ...    mma.m16n8k16 takes a quad of lanes for a row of its left
+    chunk      0 1 2 3 | 4 5 6 7 | ...    matrix, and for a column of its right one. So it gets all
+    quad          0    |    1    | ...    quads' weights times all quads' inputs, and only the
+                                          diagonal, each quad's own, is ever looked at.
+
+A nibble takes no instruction to become a number: in the last bits of a float16 it is the denormal
+q 2^-24, or 16 q 2^-24 four bits further up. One AND makes two of them, and their products are exact
+in float32. (bfloat16: an AND and OR makes two of 128 + q.) Zero points and scales are for the sums
+of a quad, 128 inputs; if groups are smaller each half of it is multiplied by itself, with zeros for
+the other one's inputs. A program prepares its inputs once for all of its tiles of rows, and loads
+the next tile before it adds up the sums of this one.
+
+All this takes Triton's tensors to lie in lanes as they are loaded: the warp's lanes along the axis
+of chunks, the rest of a tile in each lane's registers. The compiler does so, since that is how
+loads coalesce, but does not promise it, and the interpreter has no lanes and goes another way. The
+tests on a GPU would show it: elsewhere the diagonal means nothing.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -22,9 +39,9 @@ from sglang.kernels.int4_weight import Int4Weight, dequantize_int4_naive, scale_
 from sglang.kernels.launch import launch_next, pdl, wait_for_previous
 
 MAX_TOKENS = 1
-"""With more, tensor cores are quicker."""
-CHUNK = 16
-"""Bytes of weights that a thread loads at once."""
+"""With more, tensor cores are quicker that have them all as columns."""
+CHUNK = 32
+"""Weights of a row that a lane loads at once."""
 
 
 def int4_fused_linear(
@@ -57,153 +74,338 @@ def int4_fused_linear_naive(
 
 @dataclass(frozen=True)
 class Int4GemvConfig:
-    block_n: int
-    """Rows of weights in a tile; if gated, gate and up in turn."""
-    tiles: int
-    """Of a program, which prepares its inputs once for all of them."""
+    rows: int
+    """1, 2 or 4, of each half of a tile. If gated, the halves are gates and their ups."""
     num_warps: int
+    per_sm: int
+    """Programs on a multiprocessor, which share the tiles."""
 
 
-def choose_config(num_rows: int, num_inputs: int) -> Int4GemvConfig:
-    """The quickest on an H100 at the shapes of Llama-2-7B, as in int4.py and the 8-bit files."""
-    if num_inputs > 8192:
-        return Int4GemvConfig(block_n=8, tiles=2, num_warps=8)
-    tiles = min(triton.next_power_of_2(max(num_rows // 4096, 1)), 4)
-    return Int4GemvConfig(block_n=8, tiles=tiles, num_warps=4)
+def choose_config(num_rows: int, num_inputs: int, group_size: int = 128) -> Int4GemvConfig:
+    """Measured on an H200 at the shapes of Llama-2-7B, in a chain as in a decoder, whatever the
+    number of rows. Other shapes get what keeps as much under way with as many registers: all of a
+    tile has to be in them, and small groups take more."""
+    if group_size % 128:
+        if num_inputs <= 4096:
+            return Int4GemvConfig(rows=4, num_warps=4, per_sm=2)
+        rows = 4 if num_inputs <= 8192 else 2 if num_inputs <= 16384 else 1
+        return Int4GemvConfig(rows, num_warps=8, per_sm=1)
+    if num_inputs <= 8192:
+        num_warps = 2 if num_inputs <= 2048 else 4 if num_inputs <= 4096 else 8
+        return Int4GemvConfig(4, num_warps, per_sm=16 // num_warps)
+    if num_inputs <= 14336:
+        return Int4GemvConfig(rows=2, num_warps=4, per_sm=3 if num_inputs <= 12288 else 2)
+    return Int4GemvConfig(rows=2 if num_inputs <= 32768 else 1, num_warps=8, per_sm=1)
 
 
-# A byte's low nibble goes to bits 15..18 of 1.0 and counts 1/256, its high one to bits 19..22 and
-# counts 1/16. Four bytes at a time.
-_ASM = tl.constexpr("""{
-.reg .b32 a, b, c, d, one;
-mov.b32 one, 0x3f800000;
-shl.b32 a, $8, 15;
-shl.b32 b, $8, 7;
-shr.u32 c, $8, 1;
-shr.u32 d, $8, 9;
-lop3.b32 $0, a, 0x00078000, one, 0xea;
-lop3.b32 $1, b, 0x00078000, one, 0xea;
-lop3.b32 $2, c, 0x00078000, one, 0xea;
-lop3.b32 $3, d, 0x00078000, one, 0xea;
-lop3.b32 $4, a, 0x00780000, one, 0xea;
-lop3.b32 $5, b, 0x00780000, one, 0xea;
-lop3.b32 $6, c, 0x00780000, one, 0xea;
-lop3.b32 $7, d, 0x00780000, one, 0xea;
+# A word of weights from each half of a tile, times the inputs of its bytes.
+#   $0-$3, $4-$7    sums of the low and of the high nibbles: two columns of a row of the first half,
+#                   then of the second; $14-$21 are those so far
+#   $8, $9          the words
+#   $10, $11        inputs of the low nibbles of the bytes 0 2 and 1 3, and
+#   $12, $13        of the high ones
+_FLOAT16_ASM = tl.constexpr("""{
+.reg .b32 a, b, c, d, s, t;
+shr.b32 s, $8, 8;
+shr.b32 t, $9, 8;
+and.b32 a, $8, 0x000f000f;
+and.b32 b, $9, 0x000f000f;
+and.b32 c, s, 0x000f000f;
+and.b32 d, t, 0x000f000f;
+mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32
+    {$0, $1, $2, $3}, {a, b, c, d}, {$10, $11}, {$14, $15, $16, $17};
+and.b32 a, $8, 0x00f000f0;
+and.b32 b, $9, 0x00f000f0;
+and.b32 c, s, 0x00f000f0;
+and.b32 d, t, 0x00f000f0;
+mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32
+    {$4, $5, $6, $7}, {a, b, c, d}, {$12, $13}, {$18, $19, $20, $21};
 }""")
-_CONSTRAINTS = tl.constexpr("=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r")
+_BFLOAT16_ASM = tl.constexpr("""{
+.reg .b32 a, b, c, d, k;
+mov.b32 k, 0x43004300;
+shr.b32 c, $8, 8;
+shr.b32 d, $9, 8;
+lop3.b32 a, $8, 0x000f000f, k, 0xea;
+lop3.b32 b, $9, 0x000f000f, k, 0xea;
+lop3.b32 c, c, 0x000f000f, k, 0xea;
+lop3.b32 d, d, 0x000f000f, k, 0xea;
+mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32
+    {$0, $1, $2, $3}, {a, b, c, d}, {$10, $11}, {$14, $15, $16, $17};
+shr.b32 a, $8, 4;
+shr.b32 b, $9, 4;
+shr.b32 c, $8, 12;
+shr.b32 d, $9, 12;
+lop3.b32 a, a, 0x000f000f, k, 0xea;
+lop3.b32 b, b, 0x000f000f, k, 0xea;
+lop3.b32 c, c, 0x000f000f, k, 0xea;
+lop3.b32 d, d, 0x000f000f, k, 0xea;
+mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32
+    {$4, $5, $6, $7}, {a, b, c, d}, {$12, $13}, {$18, $19, $20, $21};
+}""")
+_CONSTRAINTS = tl.constexpr(",".join(["=&f"] * 8 + ["r"] * 6 + ["f"] * 8))
 
 
 @triton.jit
-def _unpack(packed, ASM: tl.constexpr):
-    """uint8 tile -> (1 + low nibble / 256, 1 + high nibble / 16), float32."""
-    if ASM:
-        low, high = tl.inline_asm_elementwise(
-            _ASM, _CONSTRAINTS, [packed], dtype=(tl.int32, tl.int32), is_pure=True, pack=4
-        )
-        return low.to(tl.float32, bitcast=True), high.to(tl.float32, bitcast=True)
+def _columns(t):
+    """[..., 1, 2 or 4] -> so many tensors [...]."""
+    COUNT: tl.constexpr = t.shape[-1]
+    if COUNT == 1:
+        return (t.reshape(t.shape[:-1]),)
+    elif COUNT == 2:
+        return tl.split(t)
     else:
-        low, high = (packed & 15).to(tl.float32), (packed >> 4).to(tl.float32)
-        return 1.0 + low / 256.0, 1.0 + high / 16.0
+        SHAPE: tl.constexpr = t.shape[:-1]
+        even, odd = tl.split(t.reshape(SHAPE + [2, 2]))  # noqa: RUF005 (for Triton)
+        a, c = tl.split(even)
+        b, d = tl.split(odd)
+        return a, b, c, d
 
 
 @triton.jit
-def _rows_times(chunks, x_low, x_high, GROUP: tl.constexpr, ASM: tl.constexpr):
-    """The chunks of BLOCK_N rows times the inputs of their low and high nibbles, both float32
-    [16 C] -> float32 [BLOCK_N]."""
-    packed, scale, high_scale = chunks
-    C: tl.constexpr = scale.shape[1]
-    SHAPE: tl.constexpr = (packed.shape[0], C, 16)
-    low, high = _unpack(packed, ASM)
-    low_sum = tl.sum(x_low.reshape(C, 16), 1)[None, :]
-    high_sum = tl.sum(x_high.reshape(C, 16), 1)[None, :]
-    low_dot = tl.sum((low * (x_low * 256.0)[None, :]).reshape(SHAPE), 2) - low_sum * 256.0
-    high_dot = tl.sum((high * (x_high * 16.0)[None, :]).reshape(SHAPE), 2) - high_sum * 16.0
-    scale, zero = scale_and_zero(scale)
-    if GROUP >= 64:
-        return tl.sum((low_dot + high_dot - zero * (low_sum + high_sum)) * scale, 1)
-    else:
-        high_scale, high_zero = scale_and_zero(high_scale)
-        low_dot = (low_dot - zero * low_sum) * scale
-        return tl.sum(low_dot + (high_dot - high_zero * high_sum) * high_scale, 1)
-
-
-@triton.jit
-def _load_chunks(
-    packed_ptr,
-    scales_ptr,
-    row,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    GROUP: tl.constexpr,
-    FIRST: tl.constexpr,  # the first chunk, and how many
-    C: tl.constexpr,
-):
-    """(packed uint8 [BLOCK_N, 16 C], scales [BLOCK_N, C] of its low and of its high nibbles)."""
-    ROW: tl.constexpr = (K + 63) // 64 * 32  # bytes
-    LAST: tl.constexpr = (K - 1) // GROUP
-    byte = FIRST * 16 + tl.arange(0, C * 16)
-    at = row.to(tl.int64)[:, None] * ROW + byte[None, :]
-    packed = tl.load(packed_ptr + at, mask=(byte < ROW)[None, :], other=0)
-    k = (FIRST + tl.arange(0, C)) // 2 * 64  # of the block of 64 inputs
-    scale = tl.load(scales_ptr + tl.minimum(k // GROUP, LAST)[None, :] * N + row[:, None])
-    high_scale = scale
-    if GROUP < 64:
-        group = tl.minimum((k + 32) // GROUP, LAST)
-        high_scale = tl.load(scales_ptr + group[None, :] * N + row[:, None])
-    return packed, scale, high_scale
-
-
-@triton.jit
-def _load_tile(
-    packed_ptr,
-    scales_ptr,
-    first,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    GROUP: tl.constexpr,
-    GATED: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    HEAD: tl.constexpr,
-    TAIL: tl.constexpr,
-):
-    """(row numbers, chunks of the head, chunks of the tail)."""
-    row = first + tl.arange(0, BLOCK_N)
-    row = tl.where(row < N, row, 0)
-    if GATED:
-        row = row // 2 + row % 2 * (N // 2)
-    head = _load_chunks(packed_ptr, scales_ptr, row, N, K, GROUP, 0, HEAD)
-    tail = head
-    if TAIL:
-        tail = _load_chunks(packed_ptr, scales_ptr, row, N, K, GROUP, HEAD, TAIL)
-    return row, head, tail
+def _pairs(x):
+    """16-bit [C, 8] -> int32 [C] four times: the inputs 0 2, 1 3, 4 6 and 5 7."""
+    bits = x.to(tl.uint16, bitcast=True).to(tl.uint32).reshape(x.shape[0], 2, 2, 2)
+    first, second = tl.split(bits.permute(0, 1, 3, 2))
+    pairs = (first | second << 16).to(tl.int32, bitcast=True)
+    return _columns(pairs.reshape(x.shape[0], 4))
 
 
 @triton.jit
 def _load_inputs(
-    x_ptr,
-    residual_ptr,
-    norm_ptr,
-    sum_ptr,
-    k,
-    K: tl.constexpr,
-    ADD: tl.constexpr,
+    x_ptr, residual_ptr, norm_ptr, sum_ptr, k, K: tl.constexpr, ADD: tl.constexpr,
     NORM: tl.constexpr,
-):
-    """((x + residual) norm, the sum of squares of x + residual) at k, float32. The first programs
-    store x + residual."""
-    x = tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32)
-    squares = 0.0
+):  # fmt: skip
+    """((x + residual) times the norm's weight, float32; squares of x + residual [C]) at k [C, 8].
+    The first program of a token stores x + residual."""
+    x = tl.load(x_ptr + k, mask=k < K, other=0.0)
     if ADD:
-        x += tl.load(residual_ptr + k, mask=k < K, other=0.0).to(tl.float32)
+        total = x.to(tl.float32) + tl.load(residual_ptr + k, mask=k < K, other=0.0).to(tl.float32)
         # The norm sees the sum as it is stored.
-        total = x.to(sum_ptr.dtype.element_ty)
+        x = total.to(sum_ptr.dtype.element_ty)
         if tl.program_id(1) == 0:
-            tl.store(sum_ptr + k, total, mask=k < K)
-        x = total.to(tl.float32)
+            tl.store(sum_ptr + k, x, mask=k < K)
+    x = x.to(tl.float32)
+    squares = tl.sum(x * x, 1)
     if NORM:
-        squares = tl.sum(x * x)
         x *= tl.load(norm_ptr + k, mask=k < K, other=0.0).to(tl.float32)
     return x, squares
+
+
+@triton.jit
+def _inputs(x, norm_scale, UNIT: tl.constexpr, DTYPE: tl.constexpr, TENSOR: tl.constexpr):
+    """Inputs of chunks, from _load_inputs [C, 8] four times -> (sums of those of the low nibbles,
+    of the high ones [C], all of them as _dots wants them)."""
+    low = 0.0
+    high = 0.0
+    made = ()
+    for i in tl.static_range(4):
+        part = x[i] * norm_scale
+        if TENSOR:
+            part = part.to(DTYPE)
+        if i < 2:
+            low += tl.sum(part.to(tl.float32), 1)
+        else:
+            high += tl.sum(part.to(tl.float32), 1)
+        made += _pairs(part) if TENSOR else (part,)
+    return low * UNIT, high * UNIT, made
+
+
+@triton.jit
+def _load_scales(
+    scales_ptr, row, in_rows, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
+    FIRST: tl.constexpr, C: tl.constexpr, AT: tl.constexpr,
+):  # fmt: skip
+    """int32 [C, R], of the input AT of the quad that a chunk is in."""
+    k = (FIRST + tl.arange(0, C)) // 4 * 128 + AT
+    group = tl.minimum(k // GROUP, (K - 1) // GROUP)
+    return tl.load(scales_ptr + group[:, None] * N + row[None, :], mask=in_rows)
+
+
+@triton.jit
+def _load_chunks(
+    words_ptr, scales_ptr, row, in_rows, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
+    FIRST: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """The chunks FIRST and on of the rows [R] -> (words int32 [C, R, 4]; scales of the low nibbles
+    of a quad, of its high ones, and the same of its second half)."""
+    ROW: tl.constexpr = (K + 63) // 64 * 8  # words
+    # Behind a row's end any weights will do: they meet zeros.
+    chunk = tl.minimum(FIRST + tl.arange(0, C), ROW // 4 - 1)
+    word = chunk[:, None] * 4 + tl.arange(0, 4)[None, :]
+    at = (row.to(tl.int64) * ROW)[None, :, None] + word[:, None, :]
+    words = tl.load(words_ptr + at, mask=None if in_rows is None else in_rows[:, :, None])
+    s = _load_scales(scales_ptr, row, in_rows, N, K, GROUP, FIRST, C, 0)
+    scales = (s, s, s, s)
+    if GROUP % 128:
+        s = _load_scales(scales_ptr, row, in_rows, N, K, GROUP, FIRST, C, 64)
+        scales = (scales[0], scales[0], s, s)
+    if GROUP % 64:
+        h = _load_scales(scales_ptr, row, in_rows, N, K, GROUP, FIRST, C, 32)
+        i = _load_scales(scales_ptr, row, in_rows, N, K, GROUP, FIRST, C, 96)
+        scales = (scales[0], h, scales[2], i)
+    return words, scales
+
+
+@triton.jit
+def _load_tile(
+    words_ptr, scales_ptr, tile, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
+    GATED: tl.constexpr, R: tl.constexpr, C: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """The chunks of a tile's halves in turn, part by part of the inputs."""
+    ROW: tl.constexpr = (K + 63) // 64 * 8
+    # The second half's rows are counted from its first one, by moving the pointers.
+    HALF: tl.constexpr = N // 2 if GATED else R
+    row = tile * (R if GATED else 2 * R) + tl.arange(0, R)
+    in_rows = None
+    in_second = None
+    if N % (2 * R):
+        in_rows = (row < (HALF if GATED else N))[None, :]
+        in_second = (row < (HALF if GATED else N - R))[None, :]
+    parts = ()
+    for i in tl.static_range(PARTS):
+        first = _load_chunks(words_ptr, scales_ptr, row, in_rows, N, K, GROUP, i * C, C)
+        second = _load_chunks(
+            words_ptr + HALF * ROW, scales_ptr + HALF, row, in_second, N, K, GROUP, i * C, C
+        )
+        parts += (first, second)
+    return parts
+
+
+@triton.jit
+def _dots_naive(words, x):
+    """-> sums of low nibbles, of high ones [C, R]."""
+    C: tl.constexpr = words.shape[0]
+    R: tl.constexpr = words.shape[1]
+    byte = (words[:, :, :, None] >> (tl.arange(0, 4) * 8)).reshape(C, R, 16)
+    x_low = tl.join(x[0], x[1]).permute(0, 2, 1).reshape(C, 1, 16)
+    x_high = tl.join(x[2], x[3]).permute(0, 2, 1).reshape(C, 1, 16)
+    low = tl.sum((byte & 15).to(tl.float32) * x_low, 2)
+    return low, tl.sum((byte >> 4 & 15).to(tl.float32) * x_high, 2)
+
+
+@triton.jit
+def _dots(first, second, x, DTYPE: tl.constexpr, TENSOR: tl.constexpr):
+    """Words [C, R, 4] of both halves of a tile -> sums of their low nibbles, of their high ones
+    [C, R], (first low, second low, first high, second high). The sum of a quad is in one of its
+    chunks, and the others have zeros."""
+    if TENSOR:
+        a = _columns(first)
+        b = _columns(second)
+        zero = tl.zeros([first.shape[0], first.shape[1]], tl.float32)
+        sums = (zero, zero, zero, zero, zero, zero, zero, zero)
+        for i in tl.static_range(4):
+            words = (a[i], b[i])
+            low = (x[2 * i][:, None], x[2 * i + 1][:, None])
+            high = (x[2 * i + 8][:, None], x[2 * i + 9][:, None])
+            sums = tl.inline_asm_elementwise(
+                _FLOAT16_ASM if tl.float16 == DTYPE else _BFLOAT16_ASM,
+                _CONSTRAINTS,
+                words + low + high + sums,
+                dtype=(tl.float32,) * 8,
+                is_pure=False,
+                pack=1,
+            )
+        # The lane t of the quad g has the columns 2 t and 2 t + 1 of the row g.
+        lane = tl.arange(0, first.shape[0]) % 32
+        even = (lane // 4 == lane % 4 * 2)[:, None]
+        odd = (lane // 4 == lane % 4 * 2 + 1)[:, None]
+        return (
+            tl.where(odd, sums[1], tl.where(even, sums[0], 0.0)),
+            tl.where(odd, sums[3], tl.where(even, sums[2], 0.0)),
+            tl.where(odd, sums[5], tl.where(even, sums[4], 0.0)),
+            tl.where(odd, sums[7], tl.where(even, sums[6], 0.0)),
+        )
+    else:
+        low, high = _dots_naive(first, x)
+        second_low, second_high = _dots_naive(second, x)
+        return low, second_low, high, second_high
+
+
+@triton.jit
+def _half_of(inputs, HALF: tl.constexpr, TENSOR: tl.constexpr):
+    """The inputs of one half of each quad, with zeros for the other one's."""
+    low, high, x = inputs
+    here = tl.arange(0, low.shape[0]) % 4 // 2 == HALF
+    masked = ()
+    for i in tl.static_range(len(x)):
+        masked += (tl.where(here if TENSOR else here[:, None], x[i], 0),)
+    return tl.where(here, low, 0.0), tl.where(here, high, 0.0), masked
+
+
+@triton.jit
+def _scaled(
+    low, high, scales, high_scales, inputs, GROUP: tl.constexpr, DTYPE: tl.constexpr,
+    TENSOR: tl.constexpr,
+):  # fmt: skip
+    """Sums of low and of high nibbles [C, R] -> what their weights' would be."""
+    UP: tl.constexpr = 1 / 16 if TENSOR and tl.float16 == DTYPE else 1.0  # where high ones were
+    OFFSET: tl.constexpr = 128.0 if TENSOR and tl.bfloat16 == DTYPE else 0.0
+    scale, zero = scale_and_zero(scales)
+    zero += OFFSET
+    if GROUP % 64 == 0:
+        return (low + high * UP - zero * (inputs[0] + inputs[1])[:, None]) * scale
+    else:
+        high_scale, high_zero = scale_and_zero(high_scales)
+        high_zero += OFFSET
+        out = (low - zero * inputs[0][:, None]) * scale
+        return out + (high * UP - high_zero * inputs[1][:, None]) * high_scale
+
+
+@triton.jit
+def _times(first, second, inputs, GROUP: tl.constexpr, DTYPE: tl.constexpr, TENSOR: tl.constexpr):
+    """The chunks of both halves of a tile times the inputs -> float32 [C, R] twice, to be added up
+    over C."""
+    HALVES: tl.constexpr = 2 if GROUP % 128 else 1
+    out = 0.0
+    out_2 = 0.0
+    for i in tl.static_range(HALVES):
+        x = inputs
+        if HALVES == 2:
+            x = _half_of(inputs, i, TENSOR)
+        low, low_2, high, high_2 = _dots(first[0], second[0], x[2], DTYPE, TENSOR)
+        s, h = first[1][2 * i], first[1][2 * i + 1]
+        out += _scaled(low, high, s, h, x, GROUP, DTYPE, TENSOR)
+        s, h = second[1][2 * i], second[1][2 * i + 1]
+        out_2 += _scaled(low_2, high_2, s, h, x, GROUP, DTYPE, TENSOR)
+    return out, out_2
+
+
+@triton.jit
+def _merge(rows, BIT: tl.constexpr):
+    """Tensors [C], a power of two of them -> half as many. Lanes without BIT in their number go on
+    with the first ones, others with the rest: each with its own and its partner's."""
+    LEFT: tl.constexpr = len(rows) // 2
+    up = tl.arange(0, rows[0].shape[0]) & BIT != 0
+    merged = ()
+    for i in tl.static_range(LEFT):
+        other = tl.inline_asm_elementwise(
+            "shfl.sync.bfly.b32 $0, $1, $2, 31, -1;",
+            "=f,f,r",
+            [tl.where(up, rows[i], rows[i + LEFT]), BIT],
+            dtype=tl.float32,
+            is_pure=False,
+            pack=1,
+        )
+        merged += (tl.where(up, rows[i + LEFT], rows[i]) + other,)
+    return merged
+
+
+@triton.jit
+def _add_up(first, second, TENSOR: tl.constexpr):
+    """Two of [C, R] -> [2 R], sums over C."""
+    C: tl.constexpr = first.shape[0]
+    R: tl.constexpr = first.shape[1]
+    if TENSOR:
+        rows = _merge(_columns(first) + _columns(second), 16)
+        if R > 1:
+            rows = _merge(rows, 8)
+        if R > 2:
+            rows = _merge(rows, 4)
+        sums = tl.sum(rows[0].reshape(C // 32, 2 * R, 16 // R), 2)
+        return tl.sum(sums, 0)
+    else:
+        return tl.join(tl.sum(first, 0), tl.sum(second, 0)).permute(1, 0).reshape(2 * R)
 
 
 @triton.jit
@@ -211,7 +413,7 @@ def _int4_gemv_kernel(
     x_ptr,  # [T, K]
     residual_ptr,
     norm_ptr,
-    packed_ptr,
+    words_ptr,  # the packed weights, int32 [N, K / 8]
     scales_ptr,
     bias_ptr,
     out_ptr,  # [T, N], or [T, N / 2] if GATED
@@ -226,17 +428,19 @@ def _int4_gemv_kernel(
     NORM: tl.constexpr,
     BIAS: tl.constexpr,
     GATED: tl.constexpr,
-    ASM: tl.constexpr,
+    TENSOR: tl.constexpr,  # multiply on tensor cores
     PDL: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    R: tl.constexpr,  # rows of a half of a tile
     TILES: tl.constexpr,
-    HEAD: tl.constexpr,  # chunks of a row, a power of two, and
-    TAIL: tl.constexpr,  # another one for the rest, or 0
+    PROGRAMS: tl.constexpr,  # of a token
+    C: tl.constexpr,  # chunks in a part of the inputs, one for each lane
+    PARTS: tl.constexpr,
 ):
-    first = tl.program_id(1) * (BLOCK_N * TILES)
-    row, head, tail = _load_tile(
-        packed_ptr, scales_ptr, first, N, K, GROUP, GATED, BLOCK_N, HEAD, TAIL
-    )
+    DTYPE: tl.constexpr = out_ptr.dtype.element_ty
+    OUTPUTS: tl.constexpr = N // 2 if GATED else N
+    UNIT: tl.constexpr = 2.0**-24 if TENSOR and tl.float16 == DTYPE else 1.0  # of all sums
+    tile = tl.program_id(1)
+    weights = _load_tile(words_ptr, scales_ptr, tile, N, K, GROUP, GATED, R, C, PARTS)
     # Weights are never written: only what comes next depends on the kernels before.
     launch_next(PDL)
     wait_for_previous(PDL)
@@ -246,46 +450,55 @@ def _int4_gemv_kernel(
     if ADD:
         residual_ptr += token * residual_stride
         sum_ptr += token * K
-    byte = tl.arange(0, HEAD * 16)
-    k = byte // 32 * 64 + byte % 32  # of the low nibbles
-    low, squares = _load_inputs(x_ptr, residual_ptr, norm_ptr, sum_ptr, k, K, ADD, NORM)
-    high, more = _load_inputs(x_ptr, residual_ptr, norm_ptr, sum_ptr, k + 32, K, ADD, NORM)
-    squares += more
-    if TAIL:
-        byte = HEAD * 16 + tl.arange(0, TAIL * 16)
-        k = byte // 32 * 64 + byte % 32
-        tail_low, more = _load_inputs(x_ptr, residual_ptr, norm_ptr, sum_ptr, k, K, ADD, NORM)
-        squares += more
-        tail_high, more = _load_inputs(x_ptr, residual_ptr, norm_ptr, sum_ptr, k + 32, K, ADD, NORM)
-        squares += more
+    loaded = ()
+    squares = 0.0
+    for i in tl.static_range(PARTS):
+        chunk = i * C + tl.arange(0, C)
+        k = (chunk // 2 * 64 + chunk % 2 * 16)[:, None] + tl.arange(0, 8)[None, :]
+        a, q = _load_inputs(x_ptr, residual_ptr, norm_ptr, sum_ptr, k, K, ADD, NORM)
+        b, r = _load_inputs(x_ptr, residual_ptr, norm_ptr, sum_ptr, k + 8, K, ADD, NORM)
+        c, s = _load_inputs(x_ptr, residual_ptr, norm_ptr, sum_ptr, k + 32, K, ADD, NORM)
+        d, t = _load_inputs(x_ptr, residual_ptr, norm_ptr, sum_ptr, k + 40, K, ADD, NORM)
+        loaded += ((a, b, c, d),)
+        squares += q + r + s + t
     norm_scale = 1.0
     if NORM:
-        norm_scale = tl.rsqrt(squares / K + eps)
+        norm_scale = tl.rsqrt(tl.sum(squares) / K + eps)
+    inputs = ()
+    for i in tl.static_range(PARTS):
+        inputs += (_inputs(loaded[i], norm_scale, UNIT, DTYPE, TENSOR),)
 
-    DTYPE: tl.constexpr = out_ptr.dtype.element_ty
-    for i in tl.static_range(TILES):
-        if i + 1 < TILES:
-            next_tile = _load_tile(
-                packed_ptr, scales_ptr, first + BLOCK_N, N, K, GROUP, GATED, BLOCK_N, HEAD, TAIL
-            )
-        out = _rows_times(head, low, high, GROUP, ASM)
-        if TAIL:
-            out += _rows_times(tail, tail_low, tail_high, GROUP, ASM)
-        out *= norm_scale
+    for tile in tl.range(tl.program_id(1), TILES, PROGRAMS, num_stages=1):
+        first, second = _times(weights[0], weights[1], inputs[0], GROUP, DTYPE, TENSOR)
+        for i in tl.static_range(1, PARTS):
+            more = _times(weights[2 * i], weights[2 * i + 1], inputs[i], GROUP, DTYPE, TENSOR)
+            first += more[0]
+            second += more[1]
+        if PROGRAMS < TILES:  # noqa: SIM102 (a constant)
+            if tile + PROGRAMS < TILES:
+                weights = _load_tile(
+                    words_ptr, scales_ptr, tile + PROGRAMS, N, K, GROUP, GATED, R, C, PARTS
+                )
+        out = _add_up(first, second, TENSOR) * (1.0 / UNIT)
+        at = tl.arange(0, 2 * R)
+        n = tile * R + at % R if GATED else tile * (2 * R) + at
         if BIAS:
-            out += tl.load(bias_ptr + row).to(tl.float32)
+            row = n + at // R * OUTPUTS if GATED else n
+            out += tl.load(bias_ptr + row, mask=n < OUTPUTS, other=0.0).to(tl.float32)
         out = out.to(DTYPE)
         if GATED:
-            gate, up = tl.split(out.to(tl.float32).reshape(BLOCK_N // 2, 2))
+            gate, up = tl.split(out.to(tl.float32).reshape(2, R).permute(1, 0))
             out = (gate / (1.0 + tl.exp(-gate)) * up).to(DTYPE)
-            n = first // 2 + tl.arange(0, BLOCK_N // 2)
-            tl.store(out_ptr + token * (N // 2) + n, out, mask=n < N // 2)
-        else:
-            n = first + tl.arange(0, BLOCK_N)
-            tl.store(out_ptr + token * N + n, out, mask=n < N)
-        if i + 1 < TILES:
-            row, head, tail = next_tile
-            first += BLOCK_N
+            n = tile * R + tl.arange(0, R)
+        tl.store(out_ptr + token * OUTPUTS + n, out, mask=n < OUTPUTS)
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    """Few on the interpreter, whose programs then have several tiles, too."""
+    if device.type != "cuda":
+        return 3
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def int4_fused_linear_triton(
@@ -299,18 +512,18 @@ def int4_fused_linear_triton(
     config: Int4GemvConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     (num_tokens, num_inputs), num_rows = x.shape, w.packed.shape[0]
-    config = config or choose_config(num_rows, num_inputs)
+    config = config or choose_config(num_rows, num_inputs, w.group_size)
     num_outputs = num_rows // 2 if gated else num_rows
     out = torch.empty(num_tokens, num_outputs, dtype=x.dtype, device=x.device)
     total = x if residual is None else torch.empty_like(x, memory_format=torch.contiguous_format)
     if num_tokens == 0:
         return out, total
-    chunks = w.packed.shape[1] // CHUNK
-    head = 1 << chunks.bit_length() - 1
-    tail = triton.next_power_of_2(chunks - head) if chunks > head else 0
-    grid = (num_tokens, triton.cdiv(num_rows, config.block_n * config.tiles))
-    _int4_gemv_kernel[grid](
-        x, residual, norm, w.packed, w.scales, bias, out, total,
+    tiles = triton.cdiv(num_rows, 2 * config.rows)
+    programs = min(tiles, config.per_sm * _multiprocessors(x.device))
+    lanes = 32 * config.num_warps
+    interpreted = isinstance(_int4_gemv_kernel, InterpretedFunction)
+    _int4_gemv_kernel[(num_tokens, programs)](
+        x, residual, norm, w.packed.view(torch.int32), w.scales, bias, out, total,
         x.stride(0), 0 if residual is None else residual.stride(0), eps,
         N=num_rows,
         K=num_inputs,
@@ -319,11 +532,12 @@ def int4_fused_linear_triton(
         NORM=norm is not None,
         BIAS=bias is not None,
         GATED=gated,
-        ASM=not isinstance(_int4_gemv_kernel, InterpretedFunction),
-        BLOCK_N=config.block_n,
-        TILES=config.tiles,
-        HEAD=head,
-        TAIL=tail,
+        TENSOR=x.dtype.itemsize == 2 and not interpreted,
+        R=config.rows,
+        TILES=tiles,
+        PROGRAMS=programs,
+        C=lanes,
+        PARTS=triton.cdiv(triton.cdiv(num_inputs, CHUNK), lanes),
         num_warps=config.num_warps,
         **pdl(x.device),
     )  # fmt: skip

@@ -71,10 +71,39 @@ def test_int4_of_one_token(seed):
     n = len(w.packed)
     x, around = random_surroundings(rng, rng.choice([0, 1, 2]), n, w.num_inputs, dtype)
     expected = int4_fused_linear_naive(x, w, *around)
-    for config in (None, Int4GemvConfig(rng.choice([2, 4]), rng.choice([1, 3]), 4)):
+    for config in (
+        None,
+        Int4GemvConfig(rng.choice([1, 2, 4]), rng.choice([1, 4]), rng.choice([1, 3])),
+    ):
         actual = int4_fused_linear_triton(x, w, *around, config)
         assert_alike(actual[0], expected[0])
         assert_close(actual[1], expected[1])
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "group", "gated"),
+    [
+        (1026, 4096, 128, True), (514, 4096, 64, True), (514, 4096, 32, False),
+        (130, 11008, 128, False), (66, 11008, 32, False), (24, 28672, 128, False),
+        (130, 128, 128, False), (130, 160, 32, True), (258, 5120, 128, True),
+        (34, 288, 96, False), (34, 384, 192, True), (20, 8192, 64, False),
+    ]
+    if GPU
+    else [(18, 160, 32, True), (21, 192, 64, False), (12, 288, 96, True), (10, 384, 192, False)],
+)  # fmt: skip
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_int4_of_one_token_at_odd_shapes(n, k, group, gated, dtype):
+    """On a GPU this is what says that the compiler lays tensors out as the kernel's tensor cores
+    need them: elsewhere a result has nothing to do with the right one."""
+    torch.manual_seed(n + k)
+    w = random_int4(n, k, group)
+    x, residual = (randn(1, k, dtype=dtype) * 0.2 for _ in range(2))
+    norm = torch.rand(k, device=DEVICE).to(dtype) * 0.02  # so small that a float16 holds it badly
+    for around in ((None, None, None, 0.0, gated), (None, residual, norm, 1e-5, gated)):
+        actual = int4_fused_linear_triton(x, w, *around)
+        expected = int4_fused_linear_naive(x, w, *around)
+        assert_alike(actual[0], expected[0])
+        assert torch.equal(actual[1], expected[1])
 
 
 def assert_alike(actual: torch.Tensor, expected: torch.Tensor) -> None:
