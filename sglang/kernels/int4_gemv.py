@@ -18,9 +18,9 @@ of a quad, 128 inputs; if groups are smaller each half of it is multiplied by it
 the other one's inputs. A program prepares its inputs once for all of its tiles of rows, and loads
 the next tile before it adds up the sums of this one.
 
-All this takes Triton's tensors to lie in lanes as they are loaded: the warp's lanes along the axis
-of chunks, the rest of a tile in each lane's registers. The compiler does so, since that is how
-loads coalesce, but does not promise it, and the interpreter has no lanes and goes another way. The
+All this takes a tensor [C] of chunks to lie in the lanes of its warps one by one. There is no other
+sensible layout of so many elements as lanes (of [C, R] there is: Triton 3.6 and 3.9 choose
+differently), but nothing promises it, and the interpreter has no lanes and goes another way. The
 tests on a GPU would show it: elsewhere the diagonal means nothing.
 """
 
@@ -163,6 +163,13 @@ def _columns(t):
 
 
 @triton.jit
+def _eight(x):
+    """[C, 8] -> eight tensors [C]."""
+    first, second = tl.split(x.reshape(x.shape[0], 2, 4).permute(0, 2, 1))
+    return _columns(first) + _columns(second)
+
+
+@triton.jit
 def _pairs(x):
     """16-bit [C, 8] -> int32 [C] four times: the inputs 0 2, 1 3, 4 6 and 5 7."""
     bits = x.to(tl.uint16, bitcast=True).to(tl.uint32).reshape(x.shape[0], 2, 2, 2)
@@ -207,7 +214,7 @@ def _inputs(x, norm_scale, UNIT: tl.constexpr, DTYPE: tl.constexpr, TENSOR: tl.c
             low += tl.sum(part.to(tl.float32), 1)
         else:
             high += tl.sum(part.to(tl.float32), 1)
-        made += _pairs(part) if TENSOR else (part,)
+        made += _pairs(part) if TENSOR else _eight(part)
     return low * UNIT, high * UNIT, made
 
 
@@ -273,43 +280,53 @@ def _load_tile(
 
 
 @triton.jit
-def _dots_naive(words, x):
-    """-> sums of low nibbles, of high ones [C, R]."""
-    C: tl.constexpr = words.shape[0]
-    R: tl.constexpr = words.shape[1]
-    byte = (words[:, :, :, None] >> (tl.arange(0, 4) * 8)).reshape(C, R, 16)
-    x_low = tl.join(x[0], x[1]).permute(0, 2, 1).reshape(C, 1, 16)
-    x_high = tl.join(x[2], x[3]).permute(0, 2, 1).reshape(C, 1, 16)
-    low = tl.sum((byte & 15).to(tl.float32) * x_low, 2)
-    return low, tl.sum((byte >> 4 & 15).to(tl.float32) * x_high, 2)
+def _rows(chunks):
+    """From _load_chunks: (its words, its scales), four tensors [C] each, of each row."""
+    words, scales = chunks
+    a, b, c, d = _columns(words)
+    a, b, c, d = _columns(a), _columns(b), _columns(c), _columns(d)
+    s, t = _columns(scales[0]), _columns(scales[1])
+    u, v = _columns(scales[2]), _columns(scales[3])
+    rows = ()
+    for r in tl.static_range(len(a)):
+        rows += (((a[r], b[r], c[r], d[r]), (s[r], t[r], u[r], v[r])),)
+    return rows
+
+
+@triton.jit
+def _dot_naive(words, x):
+    low = 0.0
+    high = 0.0
+    for i in tl.static_range(16):
+        byte = words[i // 4] >> i % 4 * 8
+        low += (byte & 15).to(tl.float32) * x[i]
+        high += (byte >> 4 & 15).to(tl.float32) * x[16 + i]
+    return low, high
 
 
 @triton.jit
 def _dots(first, second, x, DTYPE: tl.constexpr, TENSOR: tl.constexpr):
-    """Words [C, R, 4] of both halves of a tile -> sums of their low nibbles, of their high ones
-    [C, R], (first low, second low, first high, second high). The sum of a quad is in one of its
+    """The words of a row of each half of a tile -> sums of their low nibbles, of their high ones
+    [C]: (first low, second low, first high, second high). The sum of a quad is in one of its
     chunks, and the others have zeros."""
     if TENSOR:
-        a = _columns(first)
-        b = _columns(second)
-        zero = tl.zeros([first.shape[0], first.shape[1]], tl.float32)
+        zero = tl.zeros(first[0].shape, tl.float32)
         sums = (zero, zero, zero, zero, zero, zero, zero, zero)
         for i in tl.static_range(4):
-            words = (a[i], b[i])
-            low = (x[2 * i][:, None], x[2 * i + 1][:, None])
-            high = (x[2 * i + 8][:, None], x[2 * i + 9][:, None])
+            low = (x[2 * i], x[2 * i + 1])
+            high = (x[2 * i + 8], x[2 * i + 9])
             sums = tl.inline_asm_elementwise(
                 _FLOAT16_ASM if tl.float16 == DTYPE else _BFLOAT16_ASM,
                 _CONSTRAINTS,
-                words + low + high + sums,
+                (first[i], second[i]) + low + high + sums,  # noqa: RUF005 (for Triton)
                 dtype=(tl.float32,) * 8,
                 is_pure=False,
                 pack=1,
             )
         # The lane t of the quad g has the columns 2 t and 2 t + 1 of the row g.
-        lane = tl.arange(0, first.shape[0]) % 32
-        even = (lane // 4 == lane % 4 * 2)[:, None]
-        odd = (lane // 4 == lane % 4 * 2 + 1)[:, None]
+        lane = tl.arange(0, zero.shape[0]) % 32
+        even = lane // 4 == lane % 4 * 2
+        odd = lane // 4 == lane % 4 * 2 + 1
         return (
             tl.where(odd, sums[1], tl.where(even, sums[0], 0.0)),
             tl.where(odd, sums[3], tl.where(even, sums[2], 0.0)),
@@ -317,19 +334,19 @@ def _dots(first, second, x, DTYPE: tl.constexpr, TENSOR: tl.constexpr):
             tl.where(odd, sums[7], tl.where(even, sums[6], 0.0)),
         )
     else:
-        low, high = _dots_naive(first, x)
-        second_low, second_high = _dots_naive(second, x)
+        low, high = _dot_naive(first, x)
+        second_low, second_high = _dot_naive(second, x)
         return low, second_low, high, second_high
 
 
 @triton.jit
-def _half_of(inputs, HALF: tl.constexpr, TENSOR: tl.constexpr):
+def _half_of(inputs, HALF: tl.constexpr):
     """The inputs of one half of each quad, with zeros for the other one's."""
     low, high, x = inputs
     here = tl.arange(0, low.shape[0]) % 4 // 2 == HALF
     masked = ()
     for i in tl.static_range(len(x)):
-        masked += (tl.where(here if TENSOR else here[:, None], x[i], 0),)
+        masked += (tl.where(here, x[i], 0),)
     return tl.where(here, low, 0.0), tl.where(here, high, 0.0), masked
 
 
@@ -338,37 +355,51 @@ def _scaled(
     low, high, scales, high_scales, inputs, GROUP: tl.constexpr, DTYPE: tl.constexpr,
     TENSOR: tl.constexpr,
 ):  # fmt: skip
-    """Sums of low and of high nibbles [C, R] -> what their weights' would be."""
+    """Sums of low and of high nibbles [C] -> what their weights' would be."""
     UP: tl.constexpr = 1 / 16 if TENSOR and tl.float16 == DTYPE else 1.0  # where high ones were
     OFFSET: tl.constexpr = 128.0 if TENSOR and tl.bfloat16 == DTYPE else 0.0
     scale, zero = scale_and_zero(scales)
     zero += OFFSET
     if GROUP % 64 == 0:
-        return (low + high * UP - zero * (inputs[0] + inputs[1])[:, None]) * scale
+        return (low + high * UP - zero * (inputs[0] + inputs[1])) * scale
     else:
         high_scale, high_zero = scale_and_zero(high_scales)
         high_zero += OFFSET
-        out = (low - zero * inputs[0][:, None]) * scale
-        return out + (high * UP - high_zero * inputs[1][:, None]) * high_scale
+        out = (low - zero * inputs[0]) * scale
+        return out + (high * UP - high_zero * inputs[1]) * high_scale
 
 
 @triton.jit
 def _times(first, second, inputs, GROUP: tl.constexpr, DTYPE: tl.constexpr, TENSOR: tl.constexpr):
-    """The chunks of both halves of a tile times the inputs -> float32 [C, R] twice, to be added up
-    over C."""
+    """The chunks of both halves of a tile times the inputs -> for each row float32 [C], to be added
+    up."""
     HALVES: tl.constexpr = 2 if GROUP % 128 else 1
-    out = 0.0
-    out_2 = 0.0
-    for i in tl.static_range(HALVES):
-        x = inputs
-        if HALVES == 2:
-            x = _half_of(inputs, i, TENSOR)
-        low, low_2, high, high_2 = _dots(first[0], second[0], x[2], DTYPE, TENSOR)
-        s, h = first[1][2 * i], first[1][2 * i + 1]
-        out += _scaled(low, high, s, h, x, GROUP, DTYPE, TENSOR)
-        s, h = second[1][2 * i], second[1][2 * i + 1]
-        out_2 += _scaled(low_2, high_2, s, h, x, GROUP, DTYPE, TENSOR)
-    return out, out_2
+    a, b = _rows(first), _rows(second)
+    outs = ()
+    outs_2 = ()
+    for r in tl.static_range(len(a)):
+        out = 0.0
+        out_2 = 0.0
+        for i in tl.static_range(HALVES):
+            x = inputs
+            if HALVES == 2:
+                x = _half_of(inputs, i)
+            low, low_2, high, high_2 = _dots(a[r][0], b[r][0], x[2], DTYPE, TENSOR)
+            s, t = a[r][1][2 * i], a[r][1][2 * i + 1]
+            out += _scaled(low, high, s, t, x, GROUP, DTYPE, TENSOR)
+            s, t = b[r][1][2 * i], b[r][1][2 * i + 1]
+            out_2 += _scaled(low_2, high_2, s, t, x, GROUP, DTYPE, TENSOR)
+        outs += (out,)
+        outs_2 += (out_2,)
+    return outs + outs_2
+
+
+@triton.jit
+def _plus(a, b):
+    sums = ()
+    for i in tl.static_range(len(a)):
+        sums += (a[i] + b[i],)
+    return sums
 
 
 @triton.jit
@@ -392,20 +423,23 @@ def _merge(rows, BIT: tl.constexpr):
 
 
 @triton.jit
-def _add_up(first, second, TENSOR: tl.constexpr):
-    """Two of [C, R] -> [2 R], sums over C."""
-    C: tl.constexpr = first.shape[0]
-    R: tl.constexpr = first.shape[1]
+def _add_up(rows, TENSOR: tl.constexpr):
+    """2, 4 or 8 tensors [C] -> [2, 4 or 8], the sum of each."""
+    COUNT: tl.constexpr = len(rows)
+    C: tl.constexpr = rows[0].shape[0]
     if TENSOR:
-        rows = _merge(_columns(first) + _columns(second), 16)
-        if R > 1:
+        # With each step lanes have half as many rows to add up.
+        rows = _merge(rows, 16)
+        if COUNT > 2:
             rows = _merge(rows, 8)
-        if R > 2:
+        if COUNT > 4:
             rows = _merge(rows, 4)
-        sums = tl.sum(rows[0].reshape(C // 32, 2 * R, 16 // R), 2)
-        return tl.sum(sums, 0)
+        return tl.sum(tl.sum(rows[0].reshape(C // 32, COUNT, 32 // COUNT), 2), 0)
     else:
-        return tl.join(tl.sum(first, 0), tl.sum(second, 0)).permute(1, 0).reshape(2 * R)
+        out = tl.zeros([COUNT], tl.float32)
+        for i in tl.static_range(COUNT):
+            out = tl.where(tl.arange(0, COUNT) == i, tl.sum(rows[i]), out)
+        return out
 
 
 @triton.jit
@@ -469,17 +503,16 @@ def _int4_gemv_kernel(
         inputs += (_inputs(loaded[i], norm_scale, UNIT, DTYPE, TENSOR),)
 
     for tile in tl.range(tl.program_id(1), TILES, PROGRAMS, num_stages=1):
-        first, second = _times(weights[0], weights[1], inputs[0], GROUP, DTYPE, TENSOR)
+        sums = _times(weights[0], weights[1], inputs[0], GROUP, DTYPE, TENSOR)
         for i in tl.static_range(1, PARTS):
             more = _times(weights[2 * i], weights[2 * i + 1], inputs[i], GROUP, DTYPE, TENSOR)
-            first += more[0]
-            second += more[1]
+            sums = _plus(sums, more)
         if PROGRAMS < TILES:  # noqa: SIM102 (a constant)
             if tile + PROGRAMS < TILES:
                 weights = _load_tile(
                     words_ptr, scales_ptr, tile + PROGRAMS, N, K, GROUP, GATED, R, C, PARTS
                 )
-        out = _add_up(first, second, TENSOR) * (1.0 / UNIT)
+        out = _add_up(sums, TENSOR) * (1.0 / UNIT)
         at = tl.arange(0, 2 * R)
         n = tile * R + at % R if GATED else tile * (2 * R) + at
         if BIAS:
