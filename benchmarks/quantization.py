@@ -139,7 +139,7 @@ def candidates(method: str, shape: Shape, tokens: int) -> list:
             found += [
                 int4_gemv.Int4GemvConfig(rows, warps, per_sm)
                 for rows, warps, per_sm in (
-                    [(4, 4, 4), (4, 4, 3), (4, 4, 2), (2, 4, 4), (2, 4, 6), (4, 2, 6)]
+                    [(4, 4, 4), (4, 4, 3), (4, 4, 2), (2, 4, 4), (2, 4, 3), (4, 2, 6)]
                     if shape.k <= 8192
                     else [(2, 4, 3), (2, 4, 2), (2, 8, 1), (1, 4, 4), (1, 8, 2)]
                 )

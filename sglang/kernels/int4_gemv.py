@@ -94,7 +94,7 @@ def choose_config(num_rows: int, num_inputs: int, group_size: int = 128) -> Int4
         num_warps = 2 if num_inputs <= 2048 else 4 if num_inputs <= 4096 else 8
         return Int4GemvConfig(4, num_warps, per_sm=16 // num_warps)
     if num_inputs <= 14336:
-        return Int4GemvConfig(rows=2, num_warps=4, per_sm=3 if num_inputs <= 12288 else 2)
+        return Int4GemvConfig(rows=2, num_warps=4, per_sm=3 if num_inputs < 12288 else 2)
     return Int4GemvConfig(rows=2 if num_inputs <= 32768 else 1, num_warps=8, per_sm=1)
 
 
@@ -572,6 +572,8 @@ def int4_fused_linear_triton(
         C=lanes,
         PARTS=triton.cdiv(triton.cdiv(num_inputs, CHUNK), lanes),
         num_warps=config.num_warps,
+        # All programs of a multiprocessor are to be there at once.
+        maxnreg=min(65536 // (lanes * config.per_sm) // 8 * 8, 255),
         **pdl(x.device),
     )  # fmt: skip
     return out, total
