@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from sglang.kernels import (
     activation,
     decode_attention,
-    decode_shares,
     extend_attention,
     gemv,
     norm,
@@ -89,13 +88,9 @@ def decode_case(
     q = randn(batch, q_heads, dim)
 
     def timed(name: str, config=None) -> Timed:
-        # Once a step, for all layers.
-        shares = decode_shares.share_out(kv.lens, q_heads, kv_heads, dim, dtype, config=config)
-        torch.cuda.synchronize()
-
         def call(rows):
             return lambda: decode_attention.decode_attention_triton(
-                q, kv.k, kv.v, kv.table, rows, kv.lens, dim**-0.5, shares=shares
+                q, kv.k, kv.v, kv.table, rows, kv.lens, dim**-0.5, config=config
             )
 
         return name, [call(rows) for rows in kv.rows], kv.bytes + 2 * q.nbytes, 0

@@ -22,7 +22,7 @@ def create_attention_backend(
     if name == "triton":
         from sglang.attention.triton import TritonAttention
 
-        return TritonAttention(shape)
+        return TritonAttention()
     if name == "flashinfer":
         from sglang.attention.flashinfer import FlashInferAttention
 

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sglang.attention.base import AttentionBackend, AttentionShape
+from sglang.attention.base import AttentionBackend
 from sglang.kernels.decode_attention import decode_attention
-from sglang.kernels.decode_shares import Shares, share_out
 from sglang.kernels.extend_attention import extend_attention
 from sglang.kernels.rope import Rope
 
@@ -18,21 +17,6 @@ if TYPE_CHECKING:
 
 
 class TritonAttention(AttentionBackend):
-    def __init__(self, shape: AttentionShape) -> None:
-        self._shape = shape
-        self._shares: dict[int, Shares] = {}
-        """How this step's decoding is shared out, by window."""
-
-    def begin(self, batch: Batch) -> None:
-        rows, kv_lens = _decoding(batch)
-        if len(rows) > 0 and kv_lens.is_cuda:
-            shape = self._shape
-            heads = shape.num_heads, shape.num_kv_heads, shape.head_dim
-            self._shares = {
-                window: share_out(kv_lens, *heads, shape.kv_dtype, window)
-                for window in shape.windows
-            }
-
     def forward(
         self,
         qkv: torch.Tensor,
@@ -47,8 +31,8 @@ class TritonAttention(AttentionBackend):
             return super().forward(qkv, rope, k_cache, v_cache, batch, scale, window)
         heads = qkv.view(len(qkv), -1, k_cache.shape[2])
         out = decode_attention(
-            heads, k_cache, v_cache, batch.slot_table, batch.rows, batch.kv_lens, scale, window,
-            shares=self._shares.get(window), rope=rope,
+            heads, k_cache, v_cache, batch.slot_table,
+            batch.rows, batch.kv_lens, scale, window, rope=rope,
         )  # fmt: skip
         return out.flatten(1)
 
@@ -65,12 +49,14 @@ class TritonAttention(AttentionBackend):
     ) -> torch.Tensor:
         num_tokens, d = q.shape[0], batch.num_decode
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        rows, decode_lens = _decoding(batch)
+        rows, decode_lens = batch.rows[:d], batch.kv_lens[:d]
+        if batch.decode_lens is not None:
+            # Which rows decode is known on the device only: each kernel leaves out the other's.
+            rows, decode_lens = batch.rows, batch.decode_lens
         if len(rows) > 0:
             decode_attention(
                 q[: len(rows)], k_cache, v_cache, batch.slot_table,
                 rows, decode_lens, scale, window, out[: len(rows)],
-                self._shares.get(window),
             )  # fmt: skip
         if d < num_tokens:
             extend_attention(
@@ -79,11 +65,3 @@ class TritonAttention(AttentionBackend):
                 batch.max_q_len, out[d:],
             )  # fmt: skip
         return out.view(num_tokens, -1)
-
-
-def _decoding(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """(rows that decode, their lengths)."""
-    if batch.decode_lens is not None:
-        # Which rows decode is known on the device only: each kernel leaves out the other's.
-        return batch.rows, batch.decode_lens
-    return batch.rows[: batch.num_decode], batch.kv_lens[: batch.num_decode]

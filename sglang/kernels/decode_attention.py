@@ -1,23 +1,27 @@
 """Attention of one new token a row over the row's cached tokens.
 
-Flash-decoding (Dao et al., 2023), with the work in equal shares (decode_shares.py). A program keeps
-an online softmax over what it has of a row; of a row that is in several parts, the one that ends
-last merges them. The query heads that share a KV head are one tile, so K and V are read once.
+Flash-decoding (Dao et al., 2023): programs share a row's tokens out among themselves, each keeps an
+online softmax over its split, and the one that ends last merges the splits. The query heads that
+share a KV head are one tile, so K and V are read once.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
-from sglang.kernels.decode_shares import Shares, program_of, share_out, share_start, tiles_of
-from sglang.kernels.kv_tiles import load_tile, prefetch_tile, store_new
+from sglang.kernels.kv_tiles import load_tile, store_new
 from sglang.kernels.launch import FLOAT32, counters, launch_next, pdl, wait_for_previous
-from sglang.kernels.rope import Rope, load_columns, load_turned, rope_and_write_kv_naive
+from sglang.kernels.rope import Rope, load_columns, load_heads, rope_and_write_kv_naive, turn
+
+MAX_PROGRAMS = 4096
+"""Of a launch: enough to keep every SM busy until the last of them ends."""
 
 
 def decode_attention(
@@ -30,7 +34,6 @@ def decode_attention(
     scale: float,
     window: int = 0,
     out: torch.Tensor | None = None,
-    shares: Shares | None = None,
     rope: Rope | None = None,
 ) -> torch.Tensor:
     """softmax(scale q K^T) V -> [n, Hq, D], in q's dtype.
@@ -45,11 +48,10 @@ def decode_attention(
                 part of `out` stays as it was
     window      only the last `window` tokens are seen; 0: all
     out         [n, Hq, D] contiguous, where the result goes
-    shares      of these lengths and this window: all layers of a step can have the same
     """
     where = (q, k_cache, v_cache, slot_table, rows, kv_lens, scale, window, out)
     if q.is_cuda:
-        return decode_attention_triton(*where, shares, rope)
+        return decode_attention_triton(*where, rope)
     return decode_attention_naive(*where, rope)
 
 
@@ -102,51 +104,63 @@ def _rope_naive(
     return turned.view_as(qkv)[:, :heads]
 
 
-@triton.jit
-def _merge(
-    partial_ptr,
-    lse_ptr,
-    out_ptr,  # of the row
-    group_start,
-    h,  # the first of the heads, in the group
-    first_owner,
-    last_owner,
-    first_part,
-    programs,
-    GROUP: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    HEADS: tl.constexpr,
-    MERGED: tl.constexpr,
-):
-    """The parts of a row, which are the first ones of their programs, but for the row's first."""
-    column = tl.arange(0, HEADS * BLOCK_D)
-    head, d = h + column // BLOCK_D, column % BLOCK_D
-    mask = (head < GROUP) & (d < D)
-    at_head = group_start + head
-    most = tl.full([HEADS * BLOCK_D], -1.0e30, tl.float32)
-    total = tl.zeros([HEADS * BLOCK_D], tl.float32)
-    merged = tl.zeros([HEADS * BLOCK_D], tl.float32)
-    for at in tl.range(first_owner, last_owner + 1, MERGED):
-        owner = at + tl.arange(0, MERGED)
-        part = tl.where(owner == first_owner, first_part, 2 * owner)
-        at_part = at_head[None, :] * 2 * programs + part[:, None]
-        used = (owner <= last_owner)[:, None] & mask[None, :]
-        # Past the L1, which other SMs' stores do not reach.
-        lse = tl.load(lse_ptr + at_part, mask=used, other=-1.0e30, cache_modifier=".cg")
-        parts_at = partial_ptr + at_part.to(tl.int64) * D + d[None, :]
-        parts = tl.load(parts_at, mask=used, other=0.0, cache_modifier=".cg")
-        new_most = tl.maximum(most, tl.max(lse, 0))
-        weight = tl.exp2(lse - new_most[None, :])
-        shrink = tl.exp2(most - new_most)
-        merged = merged * shrink + tl.sum(weight * parts, 0)
-        total = total * shrink + tl.sum(weight, 0)
-        most = new_most
-    tl.store(out_ptr + at_head * D + d, (merged / total).to(out_ptr.dtype.element_ty), mask=mask)
+@dataclass(frozen=True)
+class DecodeConfig:
+    """How the work is cut. The launch grid follows from the shapes alone, so it fits a CUDA graph;
+    how many splits a row has is decided on the device."""
+
+    block_n: int
+    num_warps: int
+    num_stages: int
+    max_splits: int
+    split_tokens: int = 256
+    """A row gets another split for each of these, until it has max_splits: then they grow."""
+
+
+@cache
+def decode_config(
+    device: torch.device,
+    num_rows: int,
+    num_kv_heads: int,
+    head_dim: int,
+    max_len: int,
+    dtype: torch.dtype,
+) -> DecodeConfig:
+    """The quickest on an H200. dtype: the cache's."""
+    sms = torch.cuda.get_device_properties(device).multi_processor_count
+    heads = num_rows * num_kv_heads
+    fill = 2 * sms // heads  # with two programs an SM, so many are left for each row and head
+    if fill >= 4:
+        splits, split_tokens = 16, 64
+    elif fill >= 1:
+        splits, split_tokens = 4, 256
+    else:  # splits only for rows that are very long
+        splits, split_tokens = 4, 2048
+    in_bytes = dtype.itemsize == 1
+    if head_dim > 128 or dtype.itemsize == 4:
+        block_n, num_warps, num_stages = 32, 4, 2
+    elif fill >= 1:
+        block_n, num_warps, num_stages = (64, 4, 2) if in_bytes else (32, 2 if fill >= 8 else 1, 4)
+    elif in_bytes:
+        block_n, num_warps, num_stages = 64, 2, 3
+    elif heads < 12 * sms:
+        block_n, num_warps, num_stages = 64, 2, 2
+    else:  # programs so small that eight fit on an SM: the begin of one hides behind the others
+        block_n, num_warps, num_stages = 32, 1, 2
+    return DecodeConfig(
+        block_n,
+        num_warps,
+        num_stages,
+        max_splits=min(splits, triton.next_power_of_2(triton.cdiv(max_len, split_tokens))),
+        split_tokens=split_tokens,
+    )
 
 
 # What varies from step to step, alignment included, must not compile a kernel anew.
-@triton.jit(do_not_specialize_on_alignment=["rows_ptr", "lens_ptr"])
+@triton.jit(
+    do_not_specialize=["num_rows", "split_tokens"],
+    do_not_specialize_on_alignment=["rows_ptr", "lens_ptr"],
+)
 def _decode_kernel(
     q_ptr,  # [n, HQ, D], or [n, HQ + 2 HKV, D] if ROPE
     k_ptr,
@@ -157,16 +171,17 @@ def _decode_kernel(
     table_ptr,
     rows_ptr,
     lens_ptr,
-    work_ptr,  # Shares.work
-    partial_ptr,  # float32 [HQ, programs, 2, D], normalised within its part of a row
-    lse_ptr,  # float32 [HQ, programs, 2], log2 of the part's sum of exponentials
-    ended_ptr,  # int32 [n, head blocks], parts that have ended
+    partial_ptr,  # float32 [n, HQ, MAX_SPLITS, D], normalised within its split
+    lse_ptr,  # float32 [n, HQ, MAX_SPLITS], log2 of the split's sum of exponentials
+    ended_ptr,  # int32 [n, head blocks], splits that have ended
     out_ptr,  # [n, HQ, D] contiguous
     q_stride,
     kv_stride,  # of a slot, in both caches
     table_stride,
     scale_log2,
     eps,
+    num_rows,
+    split_tokens,
     WINDOW: tl.constexpr,
     HQ: tl.constexpr,
     GROUP: tl.constexpr,
@@ -174,25 +189,27 @@ def _decode_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    MERGED: tl.constexpr,
-    MERGED_HEADS: tl.constexpr,
-    EARLY_TILES: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
+    ROWS_PADDED: tl.constexpr,
     ROPE: tl.constexpr,
     NORM: tl.constexpr,
     PAIRS: tl.constexpr,
     ASM: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """A row is whole, or it is the last of one program, all of the next ones and the first of
-    another. So a program has at most two parts of rows: its first row's and its last row's. With
-    ROPE, the program that has a row's last token puts that into the cache.
+    """A program has one split of every num_programs-th row: the grid must do for the longest rows,
+    and programs without work cost time. With ROPE, the program that has a row's last token puts
+    that into the cache.
+
     A head's elements are in the parts a and b of kv_tiles.py.
     """
+    launch_next(PDL)
+    wait_for_previous(PDL)
     HEAD_BLOCKS: tl.constexpr = (GROUP + BLOCK_H - 1) // BLOCK_H
     HALVES: tl.constexpr = not PAIRS and D == BLOCK_D
     kv_head = tl.program_id(0) // HEAD_BLOCKS
     first_head = (tl.program_id(0) % HEAD_BLOCKS) * BLOCK_H
-    program, programs = tl.program_id(1), tl.num_programs(1)
+    split = tl.program_id(2)
     in_group = first_head + tl.arange(0, BLOCK_H)
     head = kv_head * GROUP + in_group
     half = tl.arange(0, BLOCK_D // 2)
@@ -205,49 +222,35 @@ def _decode_kernel(
     v_base = v_ptr + kv_head * (D // 2 if PAIRS else D)
     dtype = out_ptr.dtype.element_ty
     tile_dtype: tl.constexpr = tl.float16 if PAIRS else dtype
-
-    work_at = work_ptr + 8 * program
-    first_row, tile, last_row = tl.load(work_at), tl.load(work_at + 1), tl.load(work_at + 2)
-    share_end, total_tiles = tl.load(work_at + 4), tl.load(work_at + 5)
-    left = share_end - tl.load(work_at + 3)
-    programs = tl.minimum(programs, total_tiles)  # the others have nothing to do
-    kv_len = tl.load(lens_ptr + first_row, mask=first_row <= last_row, other=0)
-    row = tl.load(rows_ptr + first_row, mask=first_row <= last_row, other=0)
     one_head = tl.zeros([1, 1], tl.int32)
-    # Only the new tokens depend on the kernels before.
-    if PDL:
-        table = table_ptr + row.to(tl.int64) * table_stride
-        start = tile * BLOCK_N
+
+    r = tl.arange(0, ROWS_PADDED)
+    lens = tl.load(lens_ptr + r, mask=r < num_rows, other=0)
+    last_row = tl.max(tl.where(lens > 0, r, -1), 0)
+    for i in tl.range(tl.program_id(1), last_row + 1, tl.num_programs(1)):
+        kv_len = tl.load(lens_ptr + i)
+        table = table_ptr + tl.load(rows_ptr + i).to(tl.int64) * table_stride
+        first = 0
         if WINDOW > 0:
-            start += tl.maximum(kv_len - WINDOW, 0)
-        for at in tl.range(start, start + tl.minimum(left, EARLY_TILES) * BLOCK_N, BLOCK_N):
-            slots = tl.load(table + at + n, mask=at + n < kv_len, other=0)
-            prefetch_tile(k_base, slots, kv_stride, D, PAIRS)
-            prefetch_tile(v_base, slots, kv_stride, D, PAIRS)
-    launch_next(PDL)
-    wait_for_previous(PDL)
-    for i in tl.range(first_row, last_row + 1):
-        next_len = tl.load(lens_ptr + i + 1, mask=i < last_row, other=0)
-        next_row = tl.load(rows_ptr + i + 1, mask=i < last_row, other=0)
-        tiles = tiles_of(kv_len, BLOCK_N, WINDOW)
-        last_tile = tl.minimum(tiles, tile + left)
-        if tiles > 0:
-            first = 0
-            if WINDOW > 0:
-                first = tl.maximum(kv_len - WINDOW, 0)
-            start = first + tile * BLOCK_N
-            end = tl.minimum(first + last_tile * BLOCK_N, kv_len)
+            first = tl.maximum(kv_len - WINDOW, 0)
+        # Tokens of a split, a multiple of BLOCK_N.
+        size = tl.maximum(tl.cdiv(kv_len - first, MAX_SPLITS * BLOCK_N) * BLOCK_N, split_tokens)
+        splits = tl.cdiv(kv_len - first, size)
+        if split < splits:
+            start = first + split * size
+            end = tl.minimum(start + size, kv_len)
             at_row = tl.full([], i, tl.int64)
-            table = table_ptr + row.to(tl.int64) * table_stride
             q_at = q_ptr + at_row * q_stride + head[:, None] * D
+            # The index tile is loaded one turn ahead: a gather through an index of its own turn
+            # would keep a single tile in flight whatever num_stages says.
+            slots = tl.load(table + start + n, mask=start + n < end, other=0)
             if ROPE:
                 # The row's new token is in no tile: it is added at the end, and put into the cache.
                 is_new = end == kv_len
                 end -= is_new.to(tl.int32)
                 cos_sin = cos_sin_ptr + (kv_len - 1).to(tl.int64) * D
-                q_a, q_b = load_turned(
-                    q_at, in_heads, a, b, cos_sin, q_norm_ptr, eps, D, NORM, HALVES
-                )
+                q_heads = load_heads(q_at, in_heads, a, b, D, HALVES)
+                q_a, q_b = turn(q_heads, a, b, cos_sin, q_norm_ptr, eps, D, NORM, HALVES)
                 q_a, q_b = q_a.to(dtype).to(tile_dtype), q_b.to(dtype).to(tile_dtype)
             else:
                 q_a = tl.load(q_at + a[None, :], mask=in_a, other=0.0).to(tile_dtype)
@@ -257,9 +260,6 @@ def _decode_kernel(
             total = tl.zeros([BLOCK_H], tl.float32)
             acc_a = tl.zeros([BLOCK_H, BLOCK_D // 2], tl.float32)
             acc_b = acc_a
-            # The index tile is loaded one turn ahead: a gather through an index of its own turn
-            # would keep a single tile in flight whatever num_stages says.
-            slots = tl.load(table + start + n, mask=start + n < end, other=0)
             for at in tl.range(start, end, BLOCK_N):
                 seen = at + n < end
                 offset = (slots.to(tl.int64) * kv_stride)[:, None]
@@ -283,12 +283,11 @@ def _decode_kernel(
 
             if ROPE:  # noqa: SIM102
                 if is_new:
-                    new_at = q_ptr + at_row * q_stride + (HQ + kv_head) * D + one_head
                     new_slot = tl.load(table + kv_len - 1).to(tl.int64) * kv_stride + one_head
-                    k_a, k_b = load_turned(
-                        new_at, one_head == 0, a, b, cos_sin, k_norm_ptr, eps, D, NORM, HALVES
-                    )
-                    v_a, v_b = load_columns(new_at + HQ // GROUP * D, one_head == 0, a, b, D)
+                    k_at = q_ptr + at_row * q_stride + (HQ + kv_head) * D + one_head
+                    k_head = load_heads(k_at, one_head == 0, a, b, D, HALVES)
+                    v_a, v_b = load_columns(k_at + HQ // GROUP * D, one_head == 0, a, b, D)
+                    k_a, k_b = turn(k_head, a, b, cos_sin, k_norm_ptr, eps, D, NORM, HALVES)
                     k_a, k_b = store_new(
                         k_base + new_slot, k_a.to(dtype), k_b.to(dtype), a, b, half, D, PAIRS
                     )
@@ -305,38 +304,35 @@ def _decode_kernel(
                     most = new_most
             acc_a = acc_a / total[:, None]
             acc_b = acc_b / total[:, None]
-            if last_tile - tile == tiles:
-                out_at = out_ptr + (at_row * HQ + head)[:, None] * D
+            at_heads = at_row * HQ + head
+            if splits == 1:
+                out_at = out_ptr + at_heads[:, None] * D
                 tl.store(out_at + a[None, :], acc_a.to(dtype), mask=in_a)
                 tl.store(out_at + b[None, :], acc_b.to(dtype), mask=in_b)
-            else:
-                part = 2 * program + tl.where(i == first_row, 0, 1)
-                at_part = head * 2 * programs + part
-                partial_at = partial_ptr + at_part[:, None].to(tl.int64) * D
+            elif MAX_SPLITS > 1:
+                at_split = at_heads * MAX_SPLITS + split
+                partial_at = partial_ptr + at_split[:, None] * D
                 tl.store(partial_at + a[None, :], acc_a, mask=in_a)
                 tl.store(partial_at + b[None, :], acc_b, mask=in_b)
-                tl.store(lse_ptr + at_part, most + tl.log2(total), mask=in_group < GROUP)
-                # Whose parts the row has.
-                row_start = share_end - left - tile
-                first_owner = program_of(row_start, total_tiles, programs)
-                last_owner = program_of(row_start + tiles - 1, total_tiles, programs)
+                tl.store(lse_ptr + at_split, most + tl.log2(total), mask=in_group < GROUP)
                 tl.debug_barrier()  # the stores of all threads come before the count
                 ended_at = ended_ptr + i * tl.num_programs(0) + tl.program_id(0)
-                if tl.atomic_add(ended_at, 1, sem="acq_rel") == last_owner - first_owner:
+                if tl.atomic_add(ended_at, 1, sem="acq_rel") == splits - 1:
                     tl.store(ended_at, 0)
-                    # The first owner may have another row before it.
-                    begins = share_start(first_owner, total_tiles, programs) == row_start
-                    first_part = 2 * first_owner + tl.where(begins, 0, 1)
-                    for h in range(
-                        first_head, tl.minimum(first_head + BLOCK_H, GROUP), MERGED_HEADS
-                    ):
-                        _merge(
-                            partial_ptr, lse_ptr, out_ptr + at_row * HQ * D, kv_head * GROUP, h,
-                            first_owner, last_owner, first_part, programs,
-                            GROUP, D, BLOCK_D, MERGED_HEADS, MERGED,
-                        )  # fmt: skip
-        left -= last_tile - tile
-        tile, kv_len, row = 0, next_len, next_row
+                    d = tl.arange(0, BLOCK_D)
+                    s = tl.arange(0, MAX_SPLITS)
+                    used = s < splits
+                    for h in range(first_head, tl.minimum(first_head + BLOCK_H, GROUP)):
+                        at_head = at_row * HQ + kv_head * GROUP + h
+                        # Past the L1, which other SMs' stores do not reach.
+                        lse_at = lse_ptr + at_head * MAX_SPLITS + s
+                        lse = tl.load(lse_at, mask=used, other=-1.0e30, cache_modifier=".cg")
+                        tile = partial_ptr + (at_head * MAX_SPLITS + s[:, None]) * D + d[None, :]
+                        tile_mask = used[:, None] & (d[None, :] < D)
+                        part = tl.load(tile, mask=tile_mask, other=0.0, cache_modifier=".cg")
+                        share = tl.exp2(lse - tl.max(lse, 0))
+                        out = tl.sum(share[:, None] * part, 0) / tl.sum(share, 0)
+                        tl.store(out_ptr + at_head * D + d, out.to(dtype), mask=d < D)
 
 
 def decode_attention_triton(
@@ -349,37 +345,37 @@ def decode_attention_triton(
     scale: float,
     window: int = 0,
     out: torch.Tensor | None = None,
-    shares: Shares | None = None,
     rope: Rope | None = None,
+    config: DecodeConfig | None = None,
 ) -> torch.Tensor:
     num_rows, num_q_heads, dim = q.shape
     num_kv_heads = k_cache.shape[1]
     if rope is not None:
         num_q_heads -= 2 * num_kv_heads
+    if config is None:
+        max_len = slot_table.shape[1]
+        config = decode_config(q.device, num_rows, num_kv_heads, dim, max_len, k_cache.dtype)
+    group = num_q_heads // num_kv_heads
     if out is None:
         out = torch.empty(num_rows, num_q_heads, dim, dtype=q.dtype, device=q.device)
     if num_rows == 0:
         return out
-    early = pdl(q.device)
-    if shares is None:
-        shares = share_out(kv_lens, num_q_heads, num_kv_heads, dim, k_cache.dtype, window)
-        early = {"PDL": False}
-    group, config = num_q_heads // num_kv_heads, shares.config
     heads = num_kv_heads * triton.cdiv(group, 16)
     f32 = {"dtype": torch.float32, "device": q.device}
-    partial = torch.empty(num_q_heads, shares.programs, 2, dim, **f32)
-    lse = torch.empty(num_q_heads, shares.programs, 2, **f32)
+    partial = torch.empty(num_rows, num_q_heads, config.max_splits, dim, **f32)
+    lse = torch.empty(num_rows, num_q_heads, config.max_splits, **f32)
     ended = counters(q.device, num_rows * heads)
     pairs = k_cache.dtype.itemsize == 1
     if pairs:
         k_cache, v_cache = k_cache.view(torch.int16), v_cache.view(torch.int16)
+    programs = min(num_rows, triton.cdiv(MAX_PROGRAMS, heads * config.max_splits))
     # Heads first: programs side by side then read neighbouring parts of the same slots.
-    _decode_kernel[(heads, shares.programs)](
+    _decode_kernel[(heads, programs, config.max_splits)](
         q, k_cache, v_cache,
         rope and rope.cos_sin, rope and rope.q_norm, rope and rope.k_norm,
-        slot_table, rows, kv_lens, shares.work, partial, lse, ended, out,
-        q.stride(0), k_cache.stride(0), slot_table.stride(0), scale * math.log2(math.e),
-        rope.eps if rope else 0.0,
+        slot_table, rows, kv_lens, partial, lse, ended, out,
+        q.stride(0), k_cache.stride(0), slot_table.stride(0),
+        scale * math.log2(math.e), rope.eps if rope else 0.0, num_rows, config.split_tokens,
         WINDOW=window,
         HQ=num_q_heads,
         GROUP=group,
@@ -387,15 +383,15 @@ def decode_attention_triton(
         BLOCK_H=16,  # the least that tensor cores take
         BLOCK_D=triton.next_power_of_2(dim),
         BLOCK_N=config.block_n,
-        MERGED=4 * config.num_warps,  # as much as registers hold
-        MERGED_HEADS=min(group, config.num_warps, 2),
-        EARLY_TILES=config.early_tiles,
+        MAX_SPLITS=config.max_splits,
+        # Two sizes do: each costs compiling the kernel anew.
+        ROWS_PADDED=16 if num_rows <= 16 else max(256, triton.next_power_of_2(num_rows)),
         ROPE=rope is not None,
         NORM=rope is not None and rope.q_norm is not None,
         PAIRS=pairs,
         ASM=not isinstance(_decode_kernel, InterpretedFunction),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        **early,
+        **pdl(q.device),
     )  # fmt: skip
     return out

@@ -52,19 +52,6 @@ def load_tile(
 
 
 @triton.jit
-def prefetch_tile(base, slots, kv_stride, D: tl.constexpr, PAIRS: tl.constexpr):
-    """Into the L2: a tile of K or V."""
-    WIDTH: tl.constexpr = D // 2 if PAIRS else D
-    LINE: tl.constexpr = 128 // (base.dtype.element_ty.primitive_bitwidth // 8)
-    line = tl.arange(0, triton.next_power_of_2((WIDTH + LINE - 1) // LINE)) * LINE
-    at = base + (slots.to(tl.int64) * kv_stride)[:, None] + tl.minimum(line, WIDTH - 1)[None, :]
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at.to(tl.int64)],
-        dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@triton.jit
 def store_new(at, x_a, x_b, a, b, half, D: tl.constexpr, PAIRS: tl.constexpr):
     """A token's K or V goes into the cache -> what is there, in the parts of load_tile."""
     if PAIRS:

@@ -103,26 +103,15 @@ def to_cache(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def load_turned(
-    head_ptr,
-    in_heads,
-    a,
-    b,
-    cos_sin_ptr,
-    norm_ptr,
-    eps,
-    D: tl.constexpr,
-    NORM: tl.constexpr,
-    HALVES: tl.constexpr,
-):
-    """Of the heads at head_ptr [H, 1] (in_heads: which there are), normed and turned, columns a and
-    the others, b: float32 [H, C] each. HALVES: a is the first half of a head's columns."""
-    x = load_columns(head_ptr, in_heads, a, b, D)
+def load_heads(head_ptr, in_heads, a, b, D: tl.constexpr, HALVES: tl.constexpr):
+    """Of the heads at head_ptr [H, 1] (in_heads: which there are), columns a and the others, b, and
+    what these turn with: [H, C] each. HALVES: a is the first half of a head's columns."""
+    x_a, x_b = load_columns(head_ptr, in_heads, a, b, D)
     if HALVES:
-        y = x[1], x[0]  # each column turns with one of the other half
+        return x_a, x_b, x_b, x_a
     else:
-        y = load_columns(head_ptr, in_heads, _partner(a, D), _partner(b, D), D)
-    return turn(x, y, a, b, cos_sin_ptr, norm_ptr, eps, D, NORM, HALVES)
+        y_a, y_b = load_columns(head_ptr, in_heads, _partner(a, D), _partner(b, D), D)
+        return x_a, x_b, y_a, y_b
 
 
 @triton.jit
@@ -135,14 +124,12 @@ def load_columns(head_ptr, in_heads, a, b, D: tl.constexpr):
 
 @triton.jit
 def _partner(columns, D: tl.constexpr):
-    """Which columns these turn with."""
     return tl.where(columns < D // 2, columns + D // 2, columns - D // 2)
 
 
 @triton.jit
 def turn(
-    x,  # columns a and b
-    y,  # what they turn with
+    heads,  # of load_heads
     a,
     b,
     cos_sin_ptr,
@@ -152,8 +139,9 @@ def turn(
     NORM: tl.constexpr,
     HALVES: tl.constexpr,
 ):
-    x_a, x_b = x[0].to(tl.float32), x[1].to(tl.float32)
-    y_a, y_b = y[0].to(tl.float32), y[1].to(tl.float32)
+    """Heads, normed and turned: columns a and b, float32 [H, C] each."""
+    x_a, x_b = heads[0].to(tl.float32), heads[1].to(tl.float32)
+    y_a, y_b = heads[2].to(tl.float32), heads[3].to(tl.float32)
     if NORM:
         scale = tl.rsqrt((tl.sum(x_a * x_a, 1) + tl.sum(x_b * x_b, 1)) / D + eps)[:, None]
         w = _load_row(norm_ptr, a, b, D)

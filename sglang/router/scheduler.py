@@ -154,6 +154,8 @@ class Scheduler:
                 oldest = np.argsort(rows.admission[ready], kind="stable")
                 ready = np.sort(ready[oldest[: self.allocator.num_free]])
         if len(ready):
+            # Attention takes the rows in this order: what lasts longest begins first.
+            ready = ready[np.argsort(-rows.planned[ready], kind="stable")]
             at = rows.planned[ready]
             slots = self.allocator.alloc(len(ready))
             rows.slots[ready, at] = slots
@@ -323,9 +325,9 @@ class Scheduler:
         ended = rows.ended[sampled]
         if ended.any():  # a preempted row's results count; an ended one's do not
             sampled, tokens = sampled[~ended], tokens[~ended]
-        kept, new, room = sampled, tokens, rows.known[sampled] < rows.limit[sampled]
-        if not room.all():  # with max_new_tokens = 0 the prompt's own result is not wanted either
-            kept, new = sampled[room], tokens[room]
+        # With max_new_tokens = 0 the prompt's own result is not wanted either.
+        wanted = rows.known[sampled] < rows.limit[sampled]
+        kept, new = sampled[wanted], tokens[wanted]
         at = rows.known[kept]
         rows.tokens[kept, at] = new
         rows.known[kept] = at + 1

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from sglang.kernels.decode_attention import (
+    DecodeConfig,
     decode_attention,
     decode_attention_naive,
     decode_attention_triton,
 )
-from sglang.kernels.decode_shares import DecodeConfig, share_out
 from sglang.kernels.extend_attention import (
     ExtendConfig,
     extend_attention_naive,
@@ -24,7 +24,7 @@ from sglang.kernels.rope import Rope
 from .common import DEVICE, DTYPES, GPU, assert_close, int32, randn, seeds
 
 HEAD_DIMS = [64, 80, 128, 256]
-DECODE_CONFIG = DecodeConfig(32, 4, 2, programs=16)
+DECODE_CONFIG = DecodeConfig(32, 4, 2, max_splits=4, split_tokens=32)
 
 
 class Cache:
@@ -48,13 +48,8 @@ class Cache:
         out: torch.Tensor | None = None,
         rope: Rope | None = None,
     ) -> torch.Tensor:
-        """With the work shared out to so many programs."""
-        _, kv_heads, dim = self.k.shape
-        heads = q.shape[1] - (2 * kv_heads if rope else 0)
-        shares = share_out(lens, heads, kv_heads, dim, self.k.dtype, window, config)
-        if GPU:
-            torch.cuda.synchronize()  # they are read before the kernel before has ended
-        return decode_attention_triton(q, *self.args(), lens, scale, window, out, shares, rope)
+        args = (q, *self.args(), lens, scale, window, out, rope, config)
+        return decode_attention_triton(*args)
 
 
 def qkv(tokens: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> Sequence:
@@ -76,7 +71,8 @@ def test_decode_agrees_with_its_twin(seed: int) -> None:
     lens = int32([rng.choice([0, 1, 2, 63, 64, 65, rng.randint(1, max_len)]) for _ in range(n)])
     cache = Cache(n, max_len, kv_heads, dim, dtype)
     q = randn(n, kv_heads * group, dim, dtype=dtype)
-    config = DecodeConfig(rng.choice([32, 64]), 4, 2, programs=rng.choice([1, 7, 24, 300]))
+    splits, split_tokens = rng.choice([1, 2, 8]), rng.choice([32, 64, 256])
+    config = DecodeConfig(rng.choice([32, 64]), 4, 2, splits, split_tokens)
     expected = decode_attention_naive(q, *cache.args(), lens, dim**-0.5, window)
     out = torch.zeros_like(q)
     assert_close(cache.decode(q, lens, dim**-0.5, window, config, out), expected)
@@ -108,34 +104,13 @@ def test_decode_with_rope_agrees_with_its_twin_and_leaves_the_same_caches(seed: 
     expected = decode_attention_naive(
         qkv, *caches, cache.table, cache.rows, lens, dim**-0.5, rope=rope
     )
-    config = DecodeConfig(32, 4, 2, programs=rng.choice([1, 7, 24, 300]))
+    config = DecodeConfig(32, 4, 2, rng.choice([1, 2, 8]), rng.choice([32, 64, 256]))
     out = torch.zeros_like(expected)
     assert_close(cache.decode(qkv, lens, dim**-0.5, config=config, out=out, rope=rope), expected)
     for ours, theirs in zip((cache.k, cache.v), caches, strict=True):
         # A float that is rounded otherwise may be the next one of 8 bits.
         close = torch.isclose(ours.float(), theirs.float(), rtol=0.13, atol=0.01)
         assert close.all() and (ours.float() == theirs.float()).float().mean() > 0.99
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_shares_are_equal_and_all_there_is(seed: int) -> None:
-    rng = random.Random(seed)
-    lens = [rng.choice([0, 1, 32, 33, rng.randint(1, 5000)]) for _ in range(rng.randint(1, 40))]
-    window = rng.choice([0, 0, 100])
-    config = DecodeConfig(32, 4, 2, programs=rng.randint(1, 400))
-    shares = share_out(int32(lens), 4, 2, 64, torch.float16, window, config)
-    tiles = [-(-(min(n, window) if window else n) // 32) for n in lens]
-    expected = [(row, tile) for row, count in enumerate(tiles) for tile in range(count)]
-    busy = min(shares.programs, len(expected))
-    for p, (row, tile, last_row, start, end, total, *_) in enumerate(shares.work.tolist()):
-        part = expected[start:end] if p < busy else []
-        assert total == len(expected)
-        if part:
-            assert start == p * len(expected) // busy
-            assert end == (p + 1) * len(expected) // busy
-            assert (row, tile, last_row) == (*part[0], part[-1][0])
-        else:
-            assert last_row < 0
 
 
 @pytest.mark.parametrize("seed", seeds(50, 24))

@@ -33,7 +33,7 @@ def make_backend(
         KV_HEADS * group, KV_HEADS, 64, dtype, kv_dtype, frozenset([window]), MAX_ROWS, MAX_LEN
     )
     if name == "triton":  # where there is no GPU, its kernels' twins
-        return TritonAttention(shape)
+        return TritonAttention()
     device = torch.device("cpu") if name == "torch_native" else DEVICE
     return create_attention_backend(name, device, shape)
 
