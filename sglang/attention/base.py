@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from sglang.kernels.rope import Rope, rope_and_write_kv
-
 if TYPE_CHECKING:
     from sglang.model_config import ModelConfig
     from sglang.worker.batch import Batch
@@ -60,27 +58,8 @@ class AttentionBackend(ABC):
         """Once a step, before its first layer: what all layers share is prepared here. In a CUDA
         graph, what it launches is captured."""
 
-    def forward(
-        self,
-        qkv: torch.Tensor,
-        rope: Rope,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
-        batch: Batch,
-        scale: float,
-        window: int = 0,
-    ) -> torch.Tensor:
-        """qkv [T, (Hq + 2 Hkv) D] as projected, and one layer's caches [S, Hkv, D] -> [T, Hq D].
-        The tokens' K and V are put into the caches."""
-        _, kv_heads, dim = k_cache.shape
-        q, k, v = rope_and_write_kv(
-            qkv, batch.positions, batch.slots, rope.cos_sin, k_cache, v_cache,
-            qkv.shape[1] // dim - 2 * kv_heads, kv_heads, rope.q_norm, rope.k_norm, rope.eps,
-        )  # fmt: skip
-        return self.attend(q, k, v, k_cache, v_cache, batch, scale, window)
-
     @abstractmethod
-    def attend(
+    def forward(
         self,
         q: torch.Tensor,
         k: torch.Tensor,

@@ -85,7 +85,7 @@ class FlashInferAttention(AttentionBackend):
         gather_slots(slot_table, rows, starts.to(self._device, non_blocking=True), slots)
         return slots
 
-    def attend(
+    def forward(
         self,
         q: torch.Tensor,
         k: torch.Tensor,

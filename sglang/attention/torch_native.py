@@ -28,7 +28,7 @@ class TorchNativeAttention(AttentionBackend):
     def begin(self, batch: Batch) -> None:
         self._windowed = {}
 
-    def attend(
+    def forward(
         self,
         q: torch.Tensor,
         k: torch.Tensor,

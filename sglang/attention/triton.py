@@ -1,5 +1,4 @@
-"""Attention with the Triton kernels: decode rows in one call, prefill rows in another. Where all
-rows decode, that call does RoPE and the write to the KV cache too."""
+"""Attention with the Triton kernels: decode rows in one call, prefill rows in another."""
 
 from __future__ import annotations
 
@@ -10,7 +9,6 @@ import torch
 from sglang.attention.base import AttentionBackend
 from sglang.kernels.decode_attention import decode_attention
 from sglang.kernels.extend_attention import extend_attention
-from sglang.kernels.rope import Rope
 
 if TYPE_CHECKING:
     from sglang.worker.batch import Batch
@@ -18,25 +16,6 @@ if TYPE_CHECKING:
 
 class TritonAttention(AttentionBackend):
     def forward(
-        self,
-        qkv: torch.Tensor,
-        rope: Rope,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
-        batch: Batch,
-        scale: float,
-        window: int = 0,
-    ) -> torch.Tensor:
-        if batch.num_decode < len(qkv):
-            return super().forward(qkv, rope, k_cache, v_cache, batch, scale, window)
-        heads = qkv.view(len(qkv), -1, k_cache.shape[2])
-        out = decode_attention(
-            heads, k_cache, v_cache, batch.slot_table,
-            batch.rows, batch.kv_lens, scale, window, rope=rope,
-        )  # fmt: skip
-        return out.flatten(1)
-
-    def attend(
         self,
         q: torch.Tensor,
         k: torch.Tensor,

@@ -16,9 +16,7 @@ import triton
 import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
-from sglang.kernels.kv_tiles import load_tile, store_new
 from sglang.kernels.launch import FLOAT32, counters, launch_next, pdl, wait_for_previous
-from sglang.kernels.rope import Rope, load_columns, load_heads, rope_and_write_kv_naive, turn
 
 MAX_PROGRAMS = 4096
 """Of a launch: enough to keep every SM busy until the last of them ends."""
@@ -34,12 +32,10 @@ def decode_attention(
     scale: float,
     window: int = 0,
     out: torch.Tensor | None = None,
-    rope: Rope | None = None,
 ) -> torch.Tensor:
     """softmax(scale q K^T) V -> [n, Hq, D], in q's dtype.
 
-    q           [n, Hq, D]; with `rope` [n, Hq + 2 Hkv, D], the heads of q, k and v as projected:
-                q and k are turned, and k and v put into the caches, at the row's last slot
+    q           [n, Hq, D]
     k_cache, v_cache  [S, Hkv, D], of q's dtype or float8_e4m3fn; query head h reads KV
                 head h // (Hq / Hkv)
     slot_table  int32 [R + 1, max_len]: row and token position -> slot of the cache
@@ -49,10 +45,8 @@ def decode_attention(
     window      only the last `window` tokens are seen; 0: all
     out         [n, Hq, D] contiguous, where the result goes
     """
-    where = (q, k_cache, v_cache, slot_table, rows, kv_lens, scale, window, out)
-    if q.is_cuda:
-        return decode_attention_triton(*where, rope)
-    return decode_attention_naive(*where, rope)
+    run = decode_attention_triton if q.is_cuda else decode_attention_naive
+    return run(q, k_cache, v_cache, slot_table, rows, kv_lens, scale, window, out=out)
 
 
 def decode_attention_naive(
@@ -65,10 +59,7 @@ def decode_attention_naive(
     scale: float,
     window: int = 0,
     out: torch.Tensor | None = None,
-    rope: Rope | None = None,
 ) -> torch.Tensor:
-    if rope is not None:
-        q = _rope_naive(q, k_cache, v_cache, slot_table, rows, kv_lens, rope)
     out = torch.zeros_like(q) if out is None else out
     group = q.shape[1] // k_cache.shape[1]
     for i, (row, kv_len) in enumerate(zip(rows.tolist(), kv_lens.tolist(), strict=True)):
@@ -80,28 +71,6 @@ def decode_attention_naive(
         weights = torch.einsum("hd,lhd->hl", q[i].float(), k).mul(scale).softmax(-1)
         out[i] = torch.einsum("hl,lhd->hd", weights, v)
     return out
-
-
-def _rope_naive(
-    qkv: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    slot_table: torch.Tensor,
-    rows: torch.Tensor,
-    kv_lens: torch.Tensor,
-    rope: Rope,
-) -> torch.Tensor:
-    """The turned q."""
-    kv_heads = k_cache.shape[1]
-    heads = qkv.shape[1] - 2 * kv_heads
-    positions = (kv_lens - 1).clamp(min=0)
-    slots = torch.where(kv_lens > 0, slot_table[rows, positions], -1)
-    turned = qkv.flatten(1).clone()
-    rope_and_write_kv_naive(
-        turned, positions, slots, rope.cos_sin, k_cache, v_cache, heads, kv_heads,
-        rope.q_norm, rope.k_norm, rope.eps,
-    )  # fmt: skip
-    return turned.view_as(qkv)[:, :heads]
 
 
 @dataclass(frozen=True)
@@ -141,10 +110,8 @@ def decode_config(
         block_n, num_warps, num_stages = 32, 4, 2
     elif fill >= 1:
         block_n, num_warps, num_stages = (64, 4, 2) if in_bytes else (32, 2 if fill >= 8 else 1, 4)
-    elif in_bytes:
-        block_n, num_warps, num_stages = 64, 2, 3
-    elif heads < 12 * sms:
-        block_n, num_warps, num_stages = 64, 2, 2
+    elif in_bytes or heads < 12 * sms:
+        block_n, num_warps, num_stages = 64, 2, 3 if in_bytes else 2
     else:  # programs so small that eight fit on an SM: the begin of one hides behind the others
         block_n, num_warps, num_stages = 32, 1, 2
     return DecodeConfig(
@@ -156,18 +123,54 @@ def decode_config(
     )
 
 
+# Two pairs of 8-bit floats -> the first and the second of each, as float16: two instructions a
+# pair, where Triton's own conversion of single ones takes five.
+_UNPAIR = tl.constexpr("""{
+.reg .b16 low, high;
+.reg .b32 p, q;
+mov.b32 {low, high}, $2;
+cvt.rn.f16x2.e4m3x2 p, low;
+cvt.rn.f16x2.e4m3x2 q, high;
+prmt.b32 $0, p, q, 0x5410;
+prmt.b32 $1, p, q, 0x7632;
+}""")
+
+
+@triton.jit
+def _load_tile(
+    base, offset, seen, half, a, b, D: tl.constexpr, PAIRS: tl.constexpr, ASM: tl.constexpr
+):
+    """(columns a, columns b) of a tile of K or V, [BLOCK_N, BLOCK_D / 2] each. PAIRS: the cache has
+    8-bit floats, and its elements are two of them: a is the even columns, b the odd ones."""
+    if PAIRS:
+        mask = seen[:, None] & (half[None, :] < D // 2)
+        both = tl.load(base + offset + half[None, :], mask=mask, other=0)
+        if ASM:
+            even, odd = tl.inline_asm_elementwise(
+                _UNPAIR, "=r,=r,r", [both], dtype=(tl.float16, tl.float16), is_pure=True, pack=2
+            )
+            return even, odd
+        even = (both & 0xFF).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float16)
+        odd = ((both >> 8) & 0xFF).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float16)
+        return even, odd
+    else:
+        mask_a = seen[:, None] & (a[None, :] < D)
+        mask_b = seen[:, None] & (b[None, :] < D)
+        return (
+            tl.load(base + offset + a[None, :], mask=mask_a, other=0.0),
+            tl.load(base + offset + b[None, :], mask=mask_b, other=0.0),
+        )
+
+
 # What varies from step to step, alignment included, must not compile a kernel anew.
 @triton.jit(
     do_not_specialize=["num_rows", "split_tokens"],
     do_not_specialize_on_alignment=["rows_ptr", "lens_ptr"],
 )
 def _decode_kernel(
-    q_ptr,  # [n, HQ, D], or [n, HQ + 2 HKV, D] if ROPE
+    q_ptr,  # [n, HQ, D]
     k_ptr,
     v_ptr,
-    cos_sin_ptr,
-    q_norm_ptr,
-    k_norm_ptr,
     table_ptr,
     rows_ptr,
     lens_ptr,
@@ -179,7 +182,6 @@ def _decode_kernel(
     kv_stride,  # of a slot, in both caches
     table_stride,
     scale_log2,
-    eps,
     num_rows,
     split_tokens,
     WINDOW: tl.constexpr,
@@ -191,22 +193,20 @@ def _decode_kernel(
     BLOCK_N: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
     ROWS_PADDED: tl.constexpr,
-    ROPE: tl.constexpr,
-    NORM: tl.constexpr,
     PAIRS: tl.constexpr,
     ASM: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """A program has one split of every num_programs-th row: the grid must do for the longest rows,
-    and programs without work cost time. With ROPE, the program that has a row's last token puts
-    that into the cache.
+    and programs without work cost time.
 
-    A head's elements are in the parts a and b of kv_tiles.py.
+    A head's elements are in two parts, a and b, that are multiplied apart. Of a 16-bit cache that
+    is its first half and the rest. An 8-bit cache is read as pairs, of which a is the first: so the
+    tiles are of 16-bit elements, which load into the layout of the tensor cores as they are.
     """
     launch_next(PDL)
     wait_for_previous(PDL)
     HEAD_BLOCKS: tl.constexpr = (GROUP + BLOCK_H - 1) // BLOCK_H
-    HALVES: tl.constexpr = not PAIRS and D == BLOCK_D
     kv_head = tl.program_id(0) // HEAD_BLOCKS
     first_head = (tl.program_id(0) % HEAD_BLOCKS) * BLOCK_H
     split = tl.program_id(2)
@@ -215,21 +215,19 @@ def _decode_kernel(
     half = tl.arange(0, BLOCK_D // 2)
     a = 2 * half if PAIRS else half
     b = a + 1 if PAIRS else half + BLOCK_D // 2
-    in_heads = in_group[:, None] < GROUP
-    in_a, in_b = in_heads & (a[None, :] < D), in_heads & (b[None, :] < D)
+    in_a = (in_group[:, None] < GROUP) & (a[None, :] < D)
+    in_b = (in_group[:, None] < GROUP) & (b[None, :] < D)
     n = tl.arange(0, BLOCK_N)
     k_base = k_ptr + kv_head * (D // 2 if PAIRS else D)
     v_base = v_ptr + kv_head * (D // 2 if PAIRS else D)
     dtype = out_ptr.dtype.element_ty
     tile_dtype: tl.constexpr = tl.float16 if PAIRS else dtype
-    one_head = tl.zeros([1, 1], tl.int32)
 
     r = tl.arange(0, ROWS_PADDED)
     lens = tl.load(lens_ptr + r, mask=r < num_rows, other=0)
     last_row = tl.max(tl.where(lens > 0, r, -1), 0)
     for i in tl.range(tl.program_id(1), last_row + 1, tl.num_programs(1)):
         kv_len = tl.load(lens_ptr + i)
-        table = table_ptr + tl.load(rows_ptr + i).to(tl.int64) * table_stride
         first = 0
         if WINDOW > 0:
             first = tl.maximum(kv_len - WINDOW, 0)
@@ -241,30 +239,22 @@ def _decode_kernel(
             end = tl.minimum(start + size, kv_len)
             at_row = tl.full([], i, tl.int64)
             q_at = q_ptr + at_row * q_stride + head[:, None] * D
-            # The index tile is loaded one turn ahead: a gather through an index of its own turn
-            # would keep a single tile in flight whatever num_stages says.
-            slots = tl.load(table + start + n, mask=start + n < end, other=0)
-            if ROPE:
-                # The row's new token is in no tile: it is added at the end, and put into the cache.
-                is_new = end == kv_len
-                end -= is_new.to(tl.int32)
-                cos_sin = cos_sin_ptr + (kv_len - 1).to(tl.int64) * D
-                q_heads = load_heads(q_at, in_heads, a, b, D, HALVES)
-                q_a, q_b = turn(q_heads, a, b, cos_sin, q_norm_ptr, eps, D, NORM, HALVES)
-                q_a, q_b = q_a.to(dtype).to(tile_dtype), q_b.to(dtype).to(tile_dtype)
-            else:
-                q_a = tl.load(q_at + a[None, :], mask=in_a, other=0.0).to(tile_dtype)
-                q_b = tl.load(q_at + b[None, :], mask=in_b, other=0.0).to(tile_dtype)
+            q_a = tl.load(q_at + a[None, :], mask=in_a, other=0.0).to(tile_dtype)
+            q_b = tl.load(q_at + b[None, :], mask=in_b, other=0.0).to(tile_dtype)
+            table = table_ptr + tl.load(rows_ptr + i).to(tl.int64) * table_stride
 
             most = tl.full([BLOCK_H], -float("inf"), tl.float32)
             total = tl.zeros([BLOCK_H], tl.float32)
             acc_a = tl.zeros([BLOCK_H, BLOCK_D // 2], tl.float32)
             acc_b = acc_a
+            # The index tile is loaded one turn ahead: a gather through an index of its own turn
+            # would keep a single tile in flight whatever num_stages says.
+            slots = tl.load(table + start + n, mask=start + n < end, other=0)
             for at in tl.range(start, end, BLOCK_N):
                 seen = at + n < end
                 offset = (slots.to(tl.int64) * kv_stride)[:, None]
-                k_a, k_b = load_tile(k_base, offset, seen, half, a, b, D, PAIRS, ASM)
-                v_a, v_b = load_tile(v_base, offset, seen, half, a, b, D, PAIRS, ASM)
+                k_a, k_b = _load_tile(k_base, offset, seen, half, a, b, D, PAIRS, ASM)
+                v_a, v_b = _load_tile(v_base, offset, seen, half, a, b, D, PAIRS, ASM)
                 ahead = at + BLOCK_N + n
                 slots = tl.load(table + ahead, mask=ahead < end, other=0)
                 scores = tl.dot(q_a, tl.trans(k_a), input_precision=FLOAT32)
@@ -281,27 +271,6 @@ def _decode_kernel(
                 acc_b = tl.dot(weights, v_b, acc_b, input_precision=FLOAT32)
                 most = new_most
 
-            if ROPE:  # noqa: SIM102
-                if is_new:
-                    new_slot = tl.load(table + kv_len - 1).to(tl.int64) * kv_stride + one_head
-                    k_at = q_ptr + at_row * q_stride + (HQ + kv_head) * D + one_head
-                    k_head = load_heads(k_at, one_head == 0, a, b, D, HALVES)
-                    v_a, v_b = load_columns(k_at + HQ // GROUP * D, one_head == 0, a, b, D)
-                    k_a, k_b = turn(k_head, a, b, cos_sin, k_norm_ptr, eps, D, NORM, HALVES)
-                    k_a, k_b = store_new(
-                        k_base + new_slot, k_a.to(dtype), k_b.to(dtype), a, b, half, D, PAIRS
-                    )
-                    v_a, v_b = store_new(v_base + new_slot, v_a, v_b, a, b, half, D, PAIRS)
-                    score = tl.sum(q_a.to(tl.float32) * k_a, 1) + tl.sum(
-                        q_b.to(tl.float32) * k_b, 1
-                    )
-                    score *= scale_log2
-                    new_most = tl.maximum(most, score)
-                    weight, shrink = tl.exp2(score - new_most), tl.exp2(most - new_most)
-                    total = total * shrink + weight
-                    acc_a = acc_a * shrink[:, None] + weight[:, None] * v_a
-                    acc_b = acc_b * shrink[:, None] + weight[:, None] * v_b
-                    most = new_most
             acc_a = acc_a / total[:, None]
             acc_b = acc_b / total[:, None]
             at_heads = at_row * HQ + head
@@ -344,14 +313,11 @@ def decode_attention_triton(
     kv_lens: torch.Tensor,
     scale: float,
     window: int = 0,
-    out: torch.Tensor | None = None,
-    rope: Rope | None = None,
     config: DecodeConfig | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     num_rows, num_q_heads, dim = q.shape
     num_kv_heads = k_cache.shape[1]
-    if rope is not None:
-        num_q_heads -= 2 * num_kv_heads
     if config is None:
         max_len = slot_table.shape[1]
         config = decode_config(q.device, num_rows, num_kv_heads, dim, max_len, k_cache.dtype)
@@ -371,11 +337,9 @@ def decode_attention_triton(
     programs = min(num_rows, triton.cdiv(MAX_PROGRAMS, heads * config.max_splits))
     # Heads first: programs side by side then read neighbouring parts of the same slots.
     _decode_kernel[(heads, programs, config.max_splits)](
-        q, k_cache, v_cache,
-        rope and rope.cos_sin, rope and rope.q_norm, rope and rope.k_norm,
-        slot_table, rows, kv_lens, partial, lse, ended, out,
+        q, k_cache, v_cache, slot_table, rows, kv_lens, partial, lse, ended, out,
         q.stride(0), k_cache.stride(0), slot_table.stride(0),
-        scale * math.log2(math.e), rope.eps if rope else 0.0, num_rows, config.split_tokens,
+        scale * math.log2(math.e), num_rows, config.split_tokens,
         WINDOW=window,
         HQ=num_q_heads,
         GROUP=group,
@@ -386,8 +350,6 @@ def decode_attention_triton(
         MAX_SPLITS=config.max_splits,
         # Two sizes do: each costs compiling the kernel anew.
         ROWS_PADDED=16 if num_rows <= 16 else max(256, triton.next_power_of_2(num_rows)),
-        ROPE=rope is not None,
-        NORM=rope is not None and rope.q_norm is not None,
         PAIRS=pairs,
         ASM=not isinstance(_decode_kernel, InterpretedFunction),
         num_warps=config.num_warps,

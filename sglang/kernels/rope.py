@@ -4,24 +4,12 @@ write."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 
 from sglang.kernels.launch import launch_next, pdl, wait_for_previous
-
-
-@dataclass(frozen=True)
-class Rope:
-    """What becomes of the heads of q and k. The norms: both or neither."""
-
-    cos_sin: torch.Tensor  # float32 [max_positions, D]
-    q_norm: torch.Tensor | None = None  # [D]
-    k_norm: torch.Tensor | None = None  # [D]
-    eps: float = 1e-6
 
 
 def rope_and_write_kv(
@@ -95,82 +83,10 @@ def _to_cache_naive(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 @triton.jit
-def to_cache(x, dtype: tl.constexpr):
-    """Floats as a cache holds them."""
+def _to_cache(x, dtype: tl.constexpr):
     if dtype == tl.float8e4nv:
         x = tl.minimum(tl.maximum(x.to(tl.float32), -448.0), 448.0)
     return x.to(dtype)
-
-
-@triton.jit
-def load_heads(head_ptr, in_heads, a, b, D: tl.constexpr, HALVES: tl.constexpr):
-    """Of the heads at head_ptr [H, 1] (in_heads: which there are), columns a and the others, b, and
-    what these turn with: [H, C] each. HALVES: a is the first half of a head's columns."""
-    x_a, x_b = load_columns(head_ptr, in_heads, a, b, D)
-    if HALVES:
-        return x_a, x_b, x_b, x_a
-    else:
-        y_a, y_b = load_columns(head_ptr, in_heads, _partner(a, D), _partner(b, D), D)
-        return x_a, x_b, y_a, y_b
-
-
-@triton.jit
-def load_columns(head_ptr, in_heads, a, b, D: tl.constexpr):
-    return (
-        tl.load(head_ptr + a[None, :], mask=in_heads & (a < D)[None, :], other=0.0),
-        tl.load(head_ptr + b[None, :], mask=in_heads & (b < D)[None, :], other=0.0),
-    )
-
-
-@triton.jit
-def _partner(columns, D: tl.constexpr):
-    return tl.where(columns < D // 2, columns + D // 2, columns - D // 2)
-
-
-@triton.jit
-def turn(
-    heads,  # of load_heads
-    a,
-    b,
-    cos_sin_ptr,
-    norm_ptr,
-    eps,
-    D: tl.constexpr,
-    NORM: tl.constexpr,
-    HALVES: tl.constexpr,
-):
-    """Heads, normed and turned: columns a and b, float32 [H, C] each."""
-    x_a, x_b = heads[0].to(tl.float32), heads[1].to(tl.float32)
-    y_a, y_b = heads[2].to(tl.float32), heads[3].to(tl.float32)
-    if NORM:
-        scale = tl.rsqrt((tl.sum(x_a * x_a, 1) + tl.sum(x_b * x_b, 1)) / D + eps)[:, None]
-        w = _load_row(norm_ptr, a, b, D)
-        if HALVES:
-            v = w[1], w[0]
-        else:
-            v = _load_row(norm_ptr, _partner(a, D), _partner(b, D), D)
-        x_a, x_b = x_a * (scale * w[0]), x_b * (scale * w[1])
-        y_a, y_b = y_a * (scale * v[0]), y_b * (scale * v[1])
-    if HALVES:
-        cos, sin = _load_row(cos_sin_ptr, a, b, D)
-        return x_a * cos - y_a * sin, x_b * cos + y_b * sin
-    else:
-        HALF: tl.constexpr = D // 2
-        angle_a, angle_b = tl.where(a < HALF, a, a - HALF), tl.where(b < HALF, b, b - HALF)
-        cos_a, cos_b = _load_row(cos_sin_ptr, angle_a, angle_b, D)
-        sin_a, sin_b = _load_row(cos_sin_ptr + HALF, angle_a, angle_b, D)
-        out_a = x_a * cos_a + y_a * tl.where((a < HALF)[None, :], -sin_a, sin_a)
-        out_b = x_b * cos_b + y_b * tl.where((b < HALF)[None, :], -sin_b, sin_b)
-        return tl.where((a < D)[None, :], out_a, 0.0), tl.where((b < D)[None, :], out_b, 0.0)
-
-
-@triton.jit
-def _load_row(ptr, a, b, D: tl.constexpr):
-    """float32 [1, C] each."""
-    return (
-        tl.load(ptr + a, mask=a < D, other=0.0).to(tl.float32)[None, :],
-        tl.load(ptr + b, mask=b < D, other=0.0).to(tl.float32)[None, :],
-    )
 
 
 # The alignment of what varies from step to step must not compile a kernel anew.
@@ -237,12 +153,12 @@ def _rope_kernel(
         cache_dtype: tl.constexpr = k_cache_ptr.dtype.element_ty
         is_k = mask & (head[:, None] >= HQ) & (head[:, None] < HQ + HKV)
         k_at = k_cache_ptr + slot * k_stride + (head[:, None] - HQ) * D + pair[None, :]
-        tl.store(k_at, to_cache(out_first, cache_dtype), mask=is_k)
-        tl.store(k_at + HALF, to_cache(out_second, cache_dtype), mask=is_k)
+        tl.store(k_at, _to_cache(out_first, cache_dtype), mask=is_k)
+        tl.store(k_at + HALF, _to_cache(out_second, cache_dtype), mask=is_k)
         is_v = mask & (head[:, None] >= HQ + HKV)
         v_at = v_cache_ptr + slot * v_stride + (head[:, None] - HQ - HKV) * D + pair[None, :]
-        tl.store(v_at, to_cache(first_raw, cache_dtype), mask=is_v)
-        tl.store(v_at + HALF, to_cache(second_raw, cache_dtype), mask=is_v)
+        tl.store(v_at, _to_cache(first_raw, cache_dtype), mask=is_v)
+        tl.store(v_at + HALF, _to_cache(second_raw, cache_dtype), mask=is_v)
 
 
 def rope_and_write_kv_triton(

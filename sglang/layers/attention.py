@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from sglang.kernels.rope import Rope
+from sglang.kernels.rope import rope_and_write_kv
 from sglang.layers.linear import QKVLinear, RowParallelLinear
 from sglang.layers.norm import RMSNorm
 from sglang.quantization.base import Quantization
@@ -56,6 +56,7 @@ class Attention(nn.Module):
         x: torch.Tensor,
         residual: torch.Tensor | None,
         norm: RMSNorm,
+        positions: torch.Tensor,
         cos_sin: torch.Tensor,
         batch: Batch,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -63,11 +64,12 @@ class Attention(nn.Module):
         tokens' K and V go into batch.kv_cache."""
         qkv, residual = self.qkv_proj.normed(x, residual, norm)
         k_cache, v_cache = batch.kv_cache.k[self.layer], batch.kv_cache.v[self.layer]
-        rope = Rope(
-            cos_sin,
+        q, k, v = rope_and_write_kv(
+            qkv, positions, batch.slots, cos_sin, k_cache, v_cache,
+            self.num_heads, self.num_kv_heads,
             None if self.q_norm is None else self.q_norm.weight,
             None if self.k_norm is None else self.k_norm.weight,
             self.eps,
-        )
-        out = batch.attention.forward(qkv, rope, k_cache, v_cache, batch, self.scale, self.window)
+        )  # fmt: skip
+        out = batch.attention.forward(q, k, v, k_cache, v_cache, batch, self.scale, self.window)
         return self.o_proj.added(out, residual)

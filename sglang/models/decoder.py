@@ -74,12 +74,13 @@ class DecoderLayer(nn.Module):
         self,
         x: torch.Tensor,
         residual: torch.Tensor | None,
+        positions: torch.Tensor,
         cos_sin: torch.Tensor,
         batch: Batch,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The layer's input is x + residual, [T, H]; so is what it returns. No residual is zero."""
         norm = self.input_layernorm
-        x, residual = self.self_attn(x, residual, norm, cos_sin, batch)
+        x, residual = self.self_attn(x, residual, norm, positions, cos_sin, batch)
         return self.mlp(x, residual, self.post_attention_layernorm)
 
 
@@ -130,7 +131,7 @@ class Decoder(nn.Module):
         """int32 [T], int32 [T] -> hidden states [T, H] after the final norm."""
         x, residual = self.embed_tokens(input_ids), None
         for layer in self.layers:
-            x, residual = layer(x, residual, self.cos_sin, batch)
+            x, residual = layer(x, residual, positions, self.cos_sin, batch)
         return self.norm(x, residual)[0]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -322,9 +322,8 @@ class Scheduler:
     def _append(self, sampled: np.ndarray, tokens: np.ndarray, result: StepResult) -> None:
         """The sampled tokens become known; requests that are complete leave."""
         rows = self.rows
-        ended = rows.ended[sampled]
-        if ended.any():  # a preempted row's results count; an ended one's do not
-            sampled, tokens = sampled[~ended], tokens[~ended]
+        counts = ~rows.ended[sampled]  # a preempted row's results count; an ended one's do not
+        sampled, tokens = sampled[counts], tokens[counts]
         # With max_new_tokens = 0 the prompt's own result is not wanted either.
         wanted = rows.known[sampled] < rows.limit[sampled]
         kept, new = sampled[wanted], tokens[wanted]

@@ -29,11 +29,11 @@ MAX_ROWS, MAX_LEN, KV_HEADS = 8, 128, 2
 def make_backend(
     name: str, group: int, window: int, dtype: torch.dtype, kv_dtype: torch.dtype
 ) -> AttentionBackend:
+    if name == "triton":  # where there is no GPU, its kernels' twins
+        return TritonAttention()
     shape = AttentionShape(
         KV_HEADS * group, KV_HEADS, 64, dtype, kv_dtype, frozenset([window]), MAX_ROWS, MAX_LEN
     )
-    if name == "triton":  # where there is no GPU, its kernels' twins
-        return TritonAttention()
     device = torch.device("cpu") if name == "torch_native" else DEVICE
     return create_attention_backend(name, device, shape)
 
@@ -103,7 +103,7 @@ class Case:
         return self.forward()
 
     def forward(self) -> torch.Tensor:
-        return self.batch.attention.attend(
+        return self.batch.attention.forward(
             self.q, self.new_k, self.new_v, self.k, self.v, self.batch, self.scale, self.window
         )
 
