@@ -1,8 +1,8 @@
 """Products of some and of many tokens with 4-bit weights (int4_weight.py): y = x W^T + bias.
 
-Four ways to multiply, by the number of tokens: with one or two, each program dequantizes some rows
-and adds up in float32 (int4_gemv.py); with more, the problem is transposed (out^T = W x^T) so that
-the dequantized weights are the tensor cores' register operand and never pass through shared memory;
+Four ways to multiply, by the number of tokens: with one, nibbles are multiplied as they are
+(int4_gemv.py); with more, the problem is transposed (out^T = W x^T) so that the dequantized weights
+are the tensor cores' register operand and never pass through shared memory;
 with hundreds, on Hopper, some warps dequantize into shared memory while others multiply
 (int4_hopper.py); with many, weights are dequantized into scratch memory once and cuBLAS does the
 rest.
