@@ -66,7 +66,7 @@ class Int4GemvConfig:
     """Programs on a multiprocessor, which share the tiles."""
 
 
-def choose_config(num_rows: int, num_inputs: int, group_size: int = 128) -> Int4GemvConfig:
+def choose_config(num_inputs: int, group_size: int) -> Int4GemvConfig:
     """Measured on an H200 at the shapes of Llama-2-7B, in a chain as in a decoder, whatever the
     number of rows. Other shapes get what keeps as much under way with as many registers: all of a
     tile has to be in them, and small groups take more."""
@@ -268,7 +268,7 @@ def int4_fused_linear_triton(
     config: Int4GemvConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     (num_tokens, num_inputs), num_rows = x.shape, w.packed.shape[0]
-    config = config or choose_config(num_rows, num_inputs, w.group_size)
+    config = config or choose_config(num_inputs, w.group_size)
     num_outputs = num_rows // 2 if gated else num_rows
     out = torch.empty(num_tokens, num_outputs, dtype=x.dtype, device=x.device)
     total = x if residual is None else torch.empty_like(x, memory_format=torch.contiguous_format)
