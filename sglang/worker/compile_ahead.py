@@ -10,15 +10,17 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
+
+from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
 
 _MOST_THREADS = 16
 
 
-def compile_ahead(rehearse: Callable[[], None]) -> None:
+def compile_ahead(rehearse: Callable[[], None], show_progress: bool = True) -> None:
     """Compiles all that `rehearse` would launch. Its kernels do not run: their outputs hold
     anything. Before Triton 3.5, whose compiler was not made for threads, nothing happens.
 
@@ -43,10 +45,18 @@ def compile_ahead(rehearse: Callable[[], None]) -> None:
     threads = min(len(os.sched_getaffinity(0)), _MOST_THREADS)
     with (
         ThreadPoolExecutor(threads) as pool,
-        triton.AsyncCompileMode(pool, ignore_errors=True),
+        triton.AsyncCompileMode(pool, ignore_errors=True) as mode,
     ):
         for (function, _), data in wanted.items():
             try:
                 function.preload(data)
             except Exception as error:
                 logger.debug("not compiled ahead: %s: %s", function, error)
+        for _ in tqdm(
+            as_completed(mode.raw_futures),
+            total=len(mode.raw_futures),
+            desc="Compiling kernels",
+            unit="kernel",
+            disable=None if show_progress else True,
+        ):
+            pass

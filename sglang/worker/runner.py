@@ -141,8 +141,9 @@ class ModelRunner:
                     longest_worthwhile(config.weights_per_layer // tp.size),
                 ),
             )
-            compile_ahead(self._rehearse)
-            self.graphs.capture(show_progress=tp.rank == 0)
+            show_progress = tp.rank == 0
+            compile_ahead(self._rehearse, show_progress)
+            self.graphs.capture(show_progress)
         warm_up(self)
 
     def launch(self, plan: StepPlan, payload: bytes) -> PendingStep:
