@@ -38,7 +38,7 @@ class Forecast:
     """Whether running requests, and those that join them, will fit the KV pool until they end."""
 
     def __init__(self, ratio: float, rows: Rows) -> None:
-        running = np.flatnonzero(rows.running()) if not rows.is_empty else []
+        running = rows.running()
         planned = rows.planned[running]
         prompts = np.maximum(planned, rows.prefill_len[running])
         self._ratio = ratio

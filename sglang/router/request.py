@@ -157,11 +157,6 @@ class Rows:
     def num_free(self) -> int:
         return len(self._free)
 
-    @property
-    def is_empty(self) -> bool:
-        """Nobody is seated: what a request that comes then need not wait for."""
-        return len(self._free) == len(self.open)
-
     def running(self) -> np.ndarray:
         """bool[R]: rows that may be planned."""
         return self.open & ~self.leaving

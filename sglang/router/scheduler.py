@@ -124,8 +124,7 @@ class Scheduler:
         deadline = time.perf_counter() + GRAMMAR_SECONDS
         while (not self.flying or time.perf_counter() < deadline) and self.follow_grammar():
             pass
-        if not self.rows.is_empty:
-            self._plan_decode(builder)
+        self._plan_decode(builder)
         budget = self._plan_chunks(builder, self._prefilling, self._chunk_size)
         self._plan_chunks(builder, self._admit(builder, budget), budget)
         self._prefilling = [
@@ -229,7 +228,7 @@ class Scheduler:
     def _claims(self) -> Claims:
         """Of running requests whose prompt is not wholly in the tree yet."""
         claims, rows = Claims(), self.rows
-        if not (self.cache.disabled or rows.is_empty):
+        if not self.cache.disabled:
             for row in np.flatnonzero(rows.running() & (rows.known == rows.prefill_len)).tolist():
                 request = rows.request(row)
                 claims.add(request.tokens, request.cached)

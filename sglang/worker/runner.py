@@ -376,6 +376,5 @@ class ModelRunner:
             )
         prompts = [span.map(to_host) for span in prompts]
         pooled = [row.map(to_host) for row in pooled]
-        return PendingStep(
-            step, self._landing.fetch(tokens), wanted, logprobs, prompts, pooled
-        )  # fmt: skip
+        arriving = self._landing.fetch(tokens)
+        return PendingStep(step, arriving, wanted, logprobs, prompts, pooled)
