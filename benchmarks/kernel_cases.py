@@ -178,11 +178,11 @@ def rope_case(tokens: int, q_heads: int, kv_heads: int, dim: int):
     slots = torch.randperm(len(k), device="cuda")[:tokens].int()
     weight = randn(dim)
 
-    def timed(name: str, block_h: int | None = None, num_warps: int | None = None) -> Timed:
+    def timed(name: str, block_kv: int | None = None, num_warps: int = 1) -> Timed:
         def call(i: int):
             return lambda: rope.rope_and_write_kv_triton(
                 qkv[i], positions, slots, cos_sin, k, v, q_heads, kv_heads, weight, weight, 1e-6,
-                block_h, num_warps,
+                None, block_kv, num_warps,
             )  # fmt: skip
 
         return name, [call(i) for i in range(sets)], each, 0
@@ -195,7 +195,7 @@ def silu_case(tokens: int, inner: int):
     x = randn(copies(each), tokens, 2 * inner)
 
     def timed(name: str, block: int = 1024, num_warps: int = 4) -> Timed:
-        calls = [lambda i=i: activation.silu_and_mul_triton(i, block, num_warps) for i in x]
+        calls = [lambda i=i: activation.silu_and_mul_triton(i, None, block, num_warps) for i in x]
         return name, calls, each, 0
 
     def flashinfer_timed(flashinfer) -> Timed:

@@ -151,8 +151,8 @@ def sweep_candidates(section: str) -> Iterator[tuple[tuple, list[tuple[str, dict
             yield (
                 shape,
                 [
-                    (f"h{h} w{w}", {"block_h": h, "num_warps": w})
-                    for h, w in itertools.product((2, 4, 8, 16, 32), (1, 2, 4, 8))
+                    (f"h{h} w{w}", {"block_kv": h, "num_warps": w})
+                    for h, w in itertools.product((1, 2, 4, 8), (1, 2, 4))
                 ],
             )
     elif section == "silu":

@@ -157,8 +157,8 @@ def candidates(method: str, shape: Shape, tokens: int) -> list:
         return found + (["dequantize"] if tokens >= 64 else [])
     if tokens == 1:
         found += [
-            w8a8_gemv.W8GemvConfig(n, t, w)
-            for n, t, w in [(4, 1, 4), (4, 1, 8), (4, 2, 8), (8, 1, 8), (8, 2, 8), (8, 1, 4)]
+            w8a8_gemv.W8GemvConfig(rows, warps, per_sm)
+            for rows, warps, per_sm in [(4, 8, 2), (4, 8, 3), (4, 4, 4), (2, 8, 4), (2, 8, 2)]
         ]
     tiles = {
         1: [],

@@ -16,10 +16,18 @@ import triton
 import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
-from sglang.kernels.launch import FLOAT32, counters, launch_next, pdl, wait_for_previous
+from sglang.kernels.launch import (
+    FLOAT32,
+    counters,
+    launch_next,
+    multiprocessors,
+    pdl,
+    wait_for_previous,
+)
 
-MAX_PROGRAMS = 4096
-"""Of a launch: enough to keep every SM busy until the last of them ends."""
+MAX_PROGRAMS, MAX_MORE_PROGRAMS = 4096, 1056
+"""Of a launch, for the first splits of rows and for the others: enough to keep every SM busy until
+the last of them ends."""
 
 
 def decode_attention(
@@ -96,24 +104,24 @@ def decode_config(
     dtype: torch.dtype,
 ) -> DecodeConfig:
     """The quickest on an H200. dtype: the cache's."""
-    sms = torch.cuda.get_device_properties(device).multi_processor_count
+    sms = multiprocessors(device)
     heads = num_rows * num_kv_heads
     fill = 2 * sms // heads  # with two programs an SM, so many are left for each row and head
+    in_bytes = dtype.itemsize == 1
     if fill >= 4:
         splits, split_tokens = 16, 64
     elif fill >= 1:
         splits, split_tokens = 4, 256
-    else:  # splits only for rows that are very long
-        splits, split_tokens = 4, 2048
-    in_bytes = dtype.itemsize == 1
+    else:  # splits only for rows that are long
+        splits, split_tokens = 4, 2048 if in_bytes else 1024
     if head_dim > 128 or dtype.itemsize == 4:
         block_n, num_warps, num_stages = 32, 4, 2
-    elif fill >= 1:
-        block_n, num_warps, num_stages = (64, 4, 2) if in_bytes else (32, 2 if fill >= 8 else 1, 4)
-    elif in_bytes or heads < 12 * sms:
-        block_n, num_warps, num_stages = 64, 2, 3 if in_bytes else 2
-    else:  # programs so small that eight fit on an SM: the begin of one hides behind the others
-        block_n, num_warps, num_stages = 32, 1, 2
+    elif in_bytes:
+        block_n, num_warps, num_stages = (64, 4, 2) if fill >= 1 else (64, 2, 3)
+    elif fill >= 8:
+        block_n, num_warps, num_stages = 32, 2, 4
+    else:  # programs so small that six fit on an SM: the begin of one hides behind the others
+        block_n, num_warps, num_stages = 32, 1, 3
     return DecodeConfig(
         block_n,
         num_warps,
@@ -162,9 +170,16 @@ def _load_tile(
         )
 
 
+@triton.jit
+def _splits(length, split_tokens, MAX_SPLITS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(tokens of a split, a multiple of BLOCK_N; how many splits there are)."""
+    size = tl.maximum(tl.cdiv(length, MAX_SPLITS * BLOCK_N) * BLOCK_N, split_tokens)
+    return size, tl.cdiv(length, size)
+
+
 # What varies from step to step, alignment included, must not compile a kernel anew.
 @triton.jit(
-    do_not_specialize=["num_rows", "split_tokens"],
+    do_not_specialize=["num_rows", "split_tokens", "first_programs"],
     do_not_specialize_on_alignment=["rows_ptr", "lens_ptr"],
 )
 def _decode_kernel(
@@ -184,6 +199,7 @@ def _decode_kernel(
     scale_log2,
     num_rows,
     split_tokens,
+    first_programs,
     WINDOW: tl.constexpr,
     HQ: tl.constexpr,
     GROUP: tl.constexpr,
@@ -197,8 +213,9 @@ def _decode_kernel(
     ASM: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """A program has one split of every num_programs-th row: the grid must do for the longest rows,
-    and programs without work cost time.
+    """The first programs have the first splits of rows. The others share out further splits, of
+    which there are as many as the rows are long: a grid with a program for each that there might be
+    would mostly be programs without work, and they cost time.
 
     A head's elements are in two parts, a and b, that are multiplied apart. Of a 16-bit cache that
     is its first half and the rest. An 8-bit cache is read as pairs, of which a is the first: so the
@@ -209,7 +226,6 @@ def _decode_kernel(
     HEAD_BLOCKS: tl.constexpr = (GROUP + BLOCK_H - 1) // BLOCK_H
     kv_head = tl.program_id(0) // HEAD_BLOCKS
     first_head = (tl.program_id(0) % HEAD_BLOCKS) * BLOCK_H
-    split = tl.program_id(2)
     in_group = first_head + tl.arange(0, BLOCK_H)
     head = kv_head * GROUP + in_group
     half = tl.arange(0, BLOCK_D // 2)
@@ -225,15 +241,30 @@ def _decode_kernel(
 
     r = tl.arange(0, ROWS_PADDED)
     lens = tl.load(lens_ptr + r, mask=r < num_rows, other=0)
-    last_row = tl.max(tl.where(lens > 0, r, -1), 0)
-    for i in tl.range(tl.program_id(1), last_row + 1, tl.num_programs(1)):
+    item = tl.program_id(1)
+    items = tl.max(tl.where(lens > 0, r, -1), 0) + 1
+    step = first_programs
+    if MAX_SPLITS > 1:
+        seen_lens = tl.minimum(lens, WINDOW) if WINDOW > 0 else lens
+        _, more = _splits(seen_lens, split_tokens, MAX_SPLITS, BLOCK_N)
+        more = tl.maximum(more - 1, 0)
+        more_until = tl.cumsum(more, 0)  # the row's end
+        if tl.program_id(1) >= first_programs:
+            item -= first_programs
+            items = tl.sum(more, 0)
+            step = tl.num_programs(1) - first_programs
+    for at_item in tl.range(item, items, step):
+        i = at_item
+        split = 0
+        if MAX_SPLITS > 1:  # noqa: SIM102 (one is known to the compiler)
+            if tl.program_id(1) >= first_programs:
+                i = tl.sum((more_until <= at_item).to(tl.int32), 0)
+                split = 1 + at_item - tl.sum(tl.where(r < i, more, 0), 0)
         kv_len = tl.load(lens_ptr + i)
         first = 0
         if WINDOW > 0:
             first = tl.maximum(kv_len - WINDOW, 0)
-        # Tokens of a split, a multiple of BLOCK_N.
-        size = tl.maximum(tl.cdiv(kv_len - first, MAX_SPLITS * BLOCK_N) * BLOCK_N, split_tokens)
-        splits = tl.cdiv(kv_len - first, size)
+        size, splits = _splits(kv_len - first, split_tokens, MAX_SPLITS, BLOCK_N)
         if split < splits:
             start = first + split * size
             end = tl.minimum(start + size, kv_len)
@@ -334,12 +365,13 @@ def decode_attention_triton(
     pairs = k_cache.dtype.itemsize == 1
     if pairs:
         k_cache, v_cache = k_cache.view(torch.int16), v_cache.view(torch.int16)
-    programs = min(num_rows, triton.cdiv(MAX_PROGRAMS, heads * config.max_splits))
+    first = min(num_rows, triton.cdiv(MAX_PROGRAMS, heads))
+    more = min(num_rows * (config.max_splits - 1), triton.cdiv(MAX_MORE_PROGRAMS, heads))
     # Heads first: programs side by side then read neighbouring parts of the same slots.
-    _decode_kernel[(heads, programs, config.max_splits)](
+    _decode_kernel[(heads, first + more)](
         q, k_cache, v_cache, slot_table, rows, kv_lens, partial, lse, ended, out,
         q.stride(0), k_cache.stride(0), slot_table.stride(0),
-        scale * math.log2(math.e), num_rows, config.split_tokens,
+        scale * math.log2(math.e), num_rows, config.split_tokens, first,
         WINDOW=window,
         HQ=num_q_heads,
         GROUP=group,

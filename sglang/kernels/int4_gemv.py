@@ -11,7 +11,6 @@ adds up the sums of this one.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import triton
@@ -21,7 +20,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from sglang.kernels.gemv import fused_linear_naive
 from sglang.kernels.int4_dots import add_up, plus, prepare, times
 from sglang.kernels.int4_weight import Int4Weight, dequantize_int4_naive
-from sglang.kernels.launch import launch_next, pdl, wait_for_previous
+from sglang.kernels.launch import launch_next, multiprocessors, pdl, wait_for_previous
 
 MAX_TOKENS = 1
 """With more, tensor cores are quicker that have them all as columns."""
@@ -249,14 +248,6 @@ def _int4_gemv_kernel(
         tl.store(out_ptr + token * OUTPUTS + n, out, mask=n < OUTPUTS)
 
 
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    """Few on the interpreter, whose programs then have several tiles, too."""
-    if device.type != "cuda":
-        return 3
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def int4_fused_linear_triton(
     x: torch.Tensor,
     w: Int4Weight,
@@ -275,7 +266,7 @@ def int4_fused_linear_triton(
     if num_tokens == 0:
         return out, total
     tiles = triton.cdiv(num_rows, 2 * config.rows)
-    programs = min(tiles, config.per_sm * _multiprocessors(x.device))
+    programs = min(tiles, config.per_sm * multiprocessors(x.device))
     lanes = 32 * config.num_warps
     interpreted = isinstance(_int4_gemv_kernel, InterpretedFunction)
     _int4_gemv_kernel[(num_tokens, programs)](

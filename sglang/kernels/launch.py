@@ -34,6 +34,14 @@ def pdl(device: torch.device) -> dict[str, bool]:
     return {"PDL": False}
 
 
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Few on the interpreter, whose programs then have several tiles, too."""
+    if device.type != "cuda":
+        return 3
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 @triton.jit
 def wait_for_previous(PDL: tl.constexpr):
     if PDL:

@@ -106,7 +106,12 @@ def _launch(
         H=hidden,
         ADD=residual is not None,
         BLOCK=block,
-        # 16 bytes a lane and load.
-        num_warps=num_warps or min(max(block // 256, 1), 16),
+        num_warps=num_warps or _warps(num_tokens, block),
         **pdl(x.device),
     )
+
+
+def _warps(num_tokens: int, block: int) -> int:
+    """16 bytes a lane and load; where rows are many enough to fill the SMs, four such loads, so
+    that more bytes are under way and fewer warps wait for each other."""
+    return min(max(block // (1024 if num_tokens >= 512 else 256), 1), 16)

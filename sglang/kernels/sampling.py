@@ -379,7 +379,7 @@ def _launch(
         likely = torch.empty(num_rows, list_size, dtype=torch.int32, device=logits.device)
     _scan_kernel[(chunks, num_rows)](
         logits, *knobs, best, best_id, bins, logits.stride(0), vocab,
-        CHUNKS=chunks, GREEDY=greedy, BLOCK=chunk, num_warps=8,
+        CHUNKS=chunks, GREEDY=greedy, BLOCK=chunk, num_warps=4,
     )  # fmt: skip
     _pick_kernel[(num_rows,)](
         logits, *knobs, best, best_id, bins, likely, out, logits.stride(0), vocab,

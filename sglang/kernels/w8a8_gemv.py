@@ -2,8 +2,9 @@
 
 As in kernels/gemv.py one kernel does residual addition, RMSNorm, product, bias and SwiGLU, and asks
 for its weights before the kernel before it has ended; this one also rounds the token to 8 bits, by
-its own largest value, between norm and product. int8 is multiplied four at a time (dp4a), FP8 as
-float32, which holds its products exactly.
+its own largest value, between norm and product. As in kernels/int4_gemv.py tensor cores multiply,
+and as many programs as the GPU holds at a time share out the tiles of rows: each prepares its
+inputs once, and loads the next tile before it adds up the sums of this one.
 """
 
 from __future__ import annotations
@@ -16,18 +17,25 @@ import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
 from sglang.kernels.activation import silu_and_mul_naive
-from sglang.kernels.launch import launch_next, pdl, wait_for_previous
+from sglang.kernels.int4_dots import add_up
+from sglang.kernels.launch import launch_next, multiprocessors, pdl, wait_for_previous
 from sglang.kernels.norm import rms_norm_naive
-from sglang.kernels.quant_tokens import LARGEST, quantize_tokens_naive, round_to
+from sglang.kernels.quant_tokens import LARGEST, quantize_tokens_naive
 from sglang.kernels.quant_w8a8 import scaled_matmul_naive
+from sglang.kernels.w8a8_dots import as_stored, diagonal, prepare, times, zeros
 
 MAX_TOKENS = 1
-"""With more, tensor cores are quicker."""
+"""With more, tensor cores are quicker that have them all as columns."""
+MAX_INPUTS = 32768
+"""More do not fit into registers."""
+CHUNK = 16
+"""Weights of a row that a lane loads at once."""
 
 
 def is_few(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether w8a8_fused_linear is the quick way for the tokens x [T, K]."""
-    return x.is_cuda and len(x) <= MAX_TOKENS and weight.shape[1] % 4 == 0
+    k = weight.shape[1]
+    return x.is_cuda and len(x) <= MAX_TOKENS and k <= MAX_INPUTS and k % CHUNK == 0
 
 
 def w8a8_fused_linear(
@@ -43,7 +51,7 @@ def w8a8_fused_linear(
     """gemv.fused_linear of 8-bit weights: (act(rms_norm(x + residual) W^T + bias), x + residual).
 
     x         [T, K], quick for T up to MAX_TOKENS
-    weight    int8 or float8_e4m3fn [N, K], K a multiple of 4
+    weight    int8 or float8_e4m3fn [N, K], K a multiple of 16
     scales    float32 [N]
     """
     run = w8a8_fused_linear_triton if x.is_cuda else w8a8_fused_linear_naive
@@ -70,94 +78,66 @@ def w8a8_fused_linear_naive(
 
 @dataclass(frozen=True)
 class W8GemvConfig:
-    block_n: int
-    """Rows of weights in a tile; if gated, gate and up in turn."""
-    tiles: int
-    """Of a program, which prepares its inputs once for all of them."""
+    rows: int
+    """1, 2 or 4, of each half of a tile. If gated, the halves are gates and their ups."""
     num_warps: int
+    per_sm: int
+    """Programs on a multiprocessor, which share the tiles."""
 
 
-DEFAULT = W8GemvConfig(block_n=4, tiles=2, num_warps=8)
-"""The quickest on an H100 at the shapes of Llama-2-7B, or within a few percent of it."""
+def choose_config(num_inputs: int, num_rows: int) -> W8GemvConfig:
+    """Measured on an H200 at the shapes of Llama-2-7B, in a chain as in a decoder. Others get what
+    keeps as much under way: all of a tile has to be in registers, with the inputs of a row."""
+    if num_inputs <= 2048:
+        num_warps = 2 if num_inputs <= 1024 else 4
+        return W8GemvConfig(4, num_warps, per_sm=16 // num_warps)
+    if num_inputs <= 4096 and num_rows > 8192:
+        if num_rows > 16384:
+            return W8GemvConfig(4, num_warps=8, per_sm=3)
+        return W8GemvConfig(4, num_warps=4, per_sm=4)
+    if num_inputs <= 8192:
+        return W8GemvConfig(4, num_warps=8, per_sm=2)
+    if num_inputs <= 12288:
+        return W8GemvConfig(2, num_warps=8, per_sm=2)
+    return W8GemvConfig(2 if num_inputs <= 16384 else 1, num_warps=16, per_sm=1)
 
 
 @triton.jit
-def _multiply(w, x, INT8: tl.constexpr, ASM: tl.constexpr):
-    """int8: words of four, int32 -> the sum of their products. FP8: w, x float32 -> w x."""
-    if not INT8:
-        return w.to(tl.float32) * x
-    elif ASM:
-        return tl.inline_asm_elementwise(
-            "dp4a.s32.s32 $0, $1, $2, 0;", "=r,r,r", [w, x], dtype=tl.int32, is_pure=True, pack=1
-        )
+def _rows_of(tile, i, N: tl.constexpr, GATED: tl.constexpr, R: tl.constexpr):
+    """The i-th row of a tile. Behind the last one it is that again."""
+    if GATED:
+        return tl.minimum(tile * R + i % R, N // 2 - 1) + i // R * (N // 2)
     else:
-        products = (w >> 24) * (x >> 24)
-        products += (w << 8 >> 24) * (x << 8 >> 24)
-        products += (w << 16 >> 24) * (x << 16 >> 24)
-        return products + (w << 24 >> 24) * (x << 24 >> 24)
+        return tl.minimum(tile * (2 * R) + i, N - 1)
 
 
 @triton.jit
 def _load_tile(
-    weight_ptr,
-    scale_ptr,
-    first,
-    N: tl.constexpr,
-    WIDTH: tl.constexpr,
-    GATED: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    HEAD: tl.constexpr,
-    TAIL: tl.constexpr,
-):
-    """(row numbers, their scales, the head's weights [BLOCK_N, HEAD], the tail's)."""
-    row = first + tl.arange(0, BLOCK_N)
-    row = tl.where(row < N, row, 0)
-    if GATED:
-        row = row // 2 + row % 2 * (N // 2)
-    at = row.to(tl.int64)[:, None] * WIDTH + tl.arange(0, HEAD)[None, :]
-    head = tl.load(weight_ptr + at)
-    tail = head
-    if TAIL:
-        k = HEAD + tl.arange(0, TAIL)[None, :]
-        at = row.to(tl.int64)[:, None] * WIDTH + k
-        tail = tl.load(weight_ptr + at, mask=k < WIDTH, other=0.0)
-    return row, tl.load(scale_ptr + row), head, tail
+    weight_ptr, scale_ptr, tile, N: tl.constexpr, WIDTH: tl.constexpr, GATED: tl.constexpr,
+    R: tl.constexpr, C: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """(scales of its rows [2 R], their chunks int32 [C, 4], part by part of the inputs)."""
+    scales = tl.load(scale_ptr + _rows_of(tile, tl.arange(0, 2 * R), N, GATED, R))
+    chunks = ()
+    for i in tl.static_range(2 * R * PARTS):
+        row = _rows_of(tile, i % (2 * R), N, GATED, R)
+        # Behind a row's end any weights will do: they meet zeros.
+        chunk = tl.minimum(i // (2 * R) * C + tl.arange(0, C), WIDTH // 4 - 1)
+        word = chunk[:, None] * 4 + tl.arange(0, 4)[None, :]
+        chunks += (tl.load(weight_ptr + row.to(tl.int64) * WIDTH + word),)
+    return scales, chunks
 
 
 @triton.jit
-def _load_inputs(
-    x_ptr, residual_ptr, sum_ptr, k, K: tl.constexpr, ADD: tl.constexpr, DTYPE: tl.constexpr
-):
-    """(x + residual at k, the sum of its squares), float32. The first programs store it."""
-    x = tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32)
-    if ADD:
-        x += tl.load(residual_ptr + k, mask=k < K, other=0.0).to(tl.float32)
-        # The norm sees the sum as it is stored.
-        total = x.to(DTYPE)
-        if tl.program_id(1) == 0:
-            tl.store(sum_ptr + k, total, mask=k < K)
-        x = total.to(tl.float32)
-    return x, tl.sum(x * x)
+def _eight_inputs(i, C: tl.constexpr):
+    """[C, 8], where the half i % 2 of each chunk is in the part i // 2."""
+    chunk = i // 2 * C + tl.arange(0, C)
+    return chunk[:, None] * 16 + (i % 2 * 8 + tl.arange(0, 8))[None, :]
 
 
 @triton.jit
-def _normed(x, norm_ptr, k, scale, K: tl.constexpr, NORM: tl.constexpr, DTYPE: tl.constexpr):
-    """(x scale norm, its largest value)."""
-    if NORM:
-        norm = tl.load(norm_ptr + k, mask=k < K, other=0.0).to(tl.float32)
-        x = (x * scale * norm).to(DTYPE).to(tl.float32)
-    return x, tl.max(tl.abs(x))
-
-
-@triton.jit
-def _rounded(x, scale, FORMAT: tl.constexpr, LARGEST: tl.constexpr, WIDTH: tl.constexpr):
-    """float32 tile -> as `_multiply` takes it, [WIDTH]."""
-    x = round_to(x / scale, FORMAT, LARGEST)
-    if tl.int8 == FORMAT:
-        shift = tl.arange(0, 4)[None, :] * 8
-        return tl.sum((x.to(tl.int32) & 255).reshape(WIDTH, 4) << shift, 1)
-    else:
-        return x.to(tl.float32)
+def _plus_and_maximum(a, b, c, d):
+    return a + c, tl.maximum(b, d)
 
 
 @triton.jit
@@ -165,7 +145,7 @@ def _w8a8_gemv_kernel(
     x_ptr,  # [T, K]
     residual_ptr,
     norm_ptr,
-    weight_ptr,  # [N, WIDTH]
+    weight_ptr,  # int32 [N, WIDTH]
     scale_ptr,
     bias_ptr,
     out_ptr,  # [T, N], or [T, N / 2] if GATED
@@ -174,29 +154,32 @@ def _w8a8_gemv_kernel(
     residual_stride,
     eps,
     N: tl.constexpr,  # rows of weights
-    WIDTH: tl.constexpr,  # of a row: int32 words of int8, or FP8 numbers
+    WIDTH: tl.constexpr,  # of a row, words of four weights
+    FORMAT: tl.constexpr,  # int8 or float8e4nv
     LARGEST: tl.constexpr,
     ADD: tl.constexpr,
     NORM: tl.constexpr,
     BIAS: tl.constexpr,
     GATED: tl.constexpr,
-    ASM: tl.constexpr,
+    TENSOR: tl.constexpr,  # multiply on tensor cores
     PDL: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    R: tl.constexpr,  # rows of a half of a tile
     TILES: tl.constexpr,
-    HEAD: tl.constexpr,  # a power of two, the first part of a row, and
-    TAIL: tl.constexpr,  # another one for the rest, or 0
+    PROGRAMS: tl.constexpr,  # of a token
+    C: tl.constexpr,  # chunks in a part of the inputs, one for each lane
+    PARTS: tl.constexpr,
 ):
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
-    INT8: tl.constexpr = weight_ptr.dtype.element_ty == tl.int32
-    FORMAT: tl.constexpr = tl.int8 if INT8 else tl.float8e4nv
-    PER: tl.constexpr = 4 if INT8 else 1
-    K: tl.constexpr = WIDTH * PER
-
-    first = tl.program_id(1) * (BLOCK_N * TILES)
-    row, scale, head, tail = _load_tile(
-        weight_ptr, scale_ptr, first, N, WIDTH, GATED, BLOCK_N, HEAD, TAIL
-    )
+    INT8: tl.constexpr = tl.int8 == FORMAT
+    K: tl.constexpr = WIDTH * 4
+    OUTPUTS: tl.constexpr = N // 2 if GATED else N
+    tile = tl.program_id(1)
+    scales, chunks = _load_tile(weight_ptr, scale_ptr, tile, N, WIDTH, GATED, R, C, PARTS)
+    norms = ()
+    if NORM:
+        for i in tl.static_range(2 * PARTS):
+            k = _eight_inputs(i, C)
+            norms += (tl.load(norm_ptr + k, mask=k < K, other=0.0),)
     # Weights are never written: only what comes next depends on the kernels before.
     launch_next(PDL)
     wait_for_previous(PDL)
@@ -206,45 +189,72 @@ def _w8a8_gemv_kernel(
     if ADD:
         residual_ptr += token * residual_stride
         sum_ptr += token * K
-    k = tl.arange(0, HEAD * PER)
-    x, squares = _load_inputs(x_ptr, residual_ptr, sum_ptr, k, K, ADD, DTYPE)
-    if TAIL:
-        tail_k = HEAD * PER + tl.arange(0, TAIL * PER)
-        tail_x, more = _load_inputs(x_ptr, residual_ptr, sum_ptr, tail_k, K, ADD, DTYPE)
-        squares += more
-    norm_scale = tl.rsqrt(squares / K + eps)
-    x, largest = _normed(x, norm_ptr, k, norm_scale, K, NORM, DTYPE)
-    if TAIL:
-        tail_x, more = _normed(tail_x, norm_ptr, tail_k, norm_scale, K, NORM, DTYPE)
-        largest = tl.maximum(largest, more)
+    loaded = ()
+    squares = tl.zeros([C], tl.float32)
+    largest = tl.zeros([C], tl.float32)
+    for i in tl.static_range(2 * PARTS):
+        k = _eight_inputs(i, C)
+        x = tl.load(x_ptr + k, mask=k < K, other=0.0)
+        if ADD:
+            total = x.to(tl.float32)
+            total += tl.load(residual_ptr + k, mask=k < K, other=0.0).to(tl.float32)
+            # The norm sees the sum as it is stored.
+            x = total.to(DTYPE)
+            if tl.program_id(1) == 0:
+                tl.store(sum_ptr + k, x, mask=k < K)
+        x = x.to(tl.float32)
+        squares += tl.sum(x * x, 1)
+        if NORM:
+            x *= norms[i].to(tl.float32)
+        largest = tl.maximum(largest, tl.max(tl.abs(x), 1))
+        loaded += (x,)
+    squares, largest = tl.reduce((squares, largest), 0, _plus_and_maximum)
+    norm_scale = 1.0
+    if NORM:
+        norm_scale = tl.rsqrt(squares / K + eps)
+        largest = (largest * norm_scale).to(DTYPE).to(tl.float32)
     x_scale = tl.maximum(largest, 1e-10) / LARGEST
-    x = _rounded(x, x_scale, FORMAT, LARGEST, HEAD)[None, :]
-    if TAIL:
-        tail_x = _rounded(tail_x, x_scale, FORMAT, LARGEST, TAIL)[None, :]
+    inputs = ()
+    for i in tl.static_range(PARTS):
+        a, b = loaded[2 * i], loaded[2 * i + 1]
+        if NORM:
+            a = as_stored(a * norm_scale, DTYPE, TENSOR)
+            b = as_stored(b * norm_scale, DTYPE, TENSOR)
+        a, b = prepare(a, x_scale, FORMAT, LARGEST), prepare(b, x_scale, FORMAT, LARGEST)
+        inputs += (a + b,)
 
-    for i in tl.static_range(TILES):
-        if i + 1 < TILES:
-            next_tile = _load_tile(
-                weight_ptr, scale_ptr, first + BLOCK_N, N, WIDTH, GATED, BLOCK_N, HEAD, TAIL
-            )
-        out = tl.sum(_multiply(head, x, INT8, ASM), 1)
-        if TAIL:
-            out += tl.sum(_multiply(tail, tail_x, INT8, ASM), 1)
-        out = out.to(tl.float32) * x_scale * scale
+    for tile in tl.range(tl.program_id(1), TILES, PROGRAMS, num_stages=1):
+        sums = (zeros(C, INT8),) * R
+        for i in tl.static_range(PARTS):
+            more = ()
+            for r in tl.static_range(R):
+                first, second = chunks[2 * R * i + r], chunks[2 * R * i + R + r]
+                more += (times(first, second, inputs[i], sums[r], INT8, TENSOR),)
+            sums = more
+        firsts = ()
+        seconds = ()
+        for r in tl.static_range(R):
+            pair = diagonal(sums[r], TENSOR)
+            firsts += (pair[0],)
+            seconds += (pair[1],)
+        scale = x_scale * scales
+        if PROGRAMS < TILES:  # noqa: SIM102 (a constant)
+            if tile + PROGRAMS < TILES:
+                scales, chunks = _load_tile(
+                    weight_ptr, scale_ptr, tile + PROGRAMS, N, WIDTH, GATED, R, C, PARTS
+                )
+        out = add_up(firsts + seconds, TENSOR) * scale
+        at = tl.arange(0, 2 * R)
+        n = tile * R + at % R if GATED else tile * (2 * R) + at
         if BIAS:
+            row = _rows_of(tile, at, N, GATED, R)
             out += tl.load(bias_ptr + row).to(tl.float32)
         out = out.to(DTYPE)
         if GATED:
-            gate, up = tl.split(out.to(tl.float32).reshape(BLOCK_N // 2, 2))
+            gate, up = tl.split(out.to(tl.float32).reshape(2, R).permute(1, 0))
             out = (gate / (1.0 + tl.exp(-gate)) * up).to(DTYPE)
-            n = first // 2 + tl.arange(0, BLOCK_N // 2)
-            tl.store(out_ptr + token * (N // 2) + n, out, mask=n < N // 2)
-        else:
-            n = first + tl.arange(0, BLOCK_N)
-            tl.store(out_ptr + token * N + n, out, mask=n < N)
-        if i + 1 < TILES:
-            row, scale, head, tail = next_tile
-            first += BLOCK_N
+            n = tile * R + tl.arange(0, R)
+        tl.store(out_ptr + token * OUTPUTS + n, out, mask=n < OUTPUTS)
 
 
 def w8a8_fused_linear_triton(
@@ -258,36 +268,39 @@ def w8a8_fused_linear_triton(
     gated: bool = False,
     config: W8GemvConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    num_tokens, num_rows = x.shape[0], weight.shape[0]
-    config = config or DEFAULT
+    (num_tokens, num_inputs), num_rows = x.shape, weight.shape[0]
+    if num_inputs % CHUNK:
+        raise ValueError(f"{num_inputs} inputs are no multiple of {CHUNK}")
+    config = config or choose_config(num_inputs, num_rows)
     num_outputs = num_rows // 2 if gated else num_rows
     out = torch.empty(num_tokens, num_outputs, dtype=x.dtype, device=x.device)
     total = x if residual is None else torch.empty_like(x, memory_format=torch.contiguous_format)
     if num_tokens == 0:
         return out, total
-    largest = LARGEST[weight.dtype]
-    if weight.dtype == torch.int8:
-        weight = weight.view(torch.int32)
-    width = weight.shape[1]
-    head = 1 << width.bit_length() - 1
-    tail = triton.next_power_of_2(width - head) if width > head else 0
-    grid = (num_tokens, triton.cdiv(num_rows, config.block_n * config.tiles))
-    _w8a8_gemv_kernel[grid](
-        x, residual, norm, weight, scales, bias, out, total,
+    tiles = triton.cdiv(num_rows, 2 * config.rows)
+    programs = min(tiles, config.per_sm * multiprocessors(x.device))
+    lanes = 32 * config.num_warps
+    interpreted = isinstance(_w8a8_gemv_kernel, InterpretedFunction)
+    _w8a8_gemv_kernel[(num_tokens, programs)](
+        x, residual, norm, weight.view(torch.int32), scales, bias, out, total,
         x.stride(0), 0 if residual is None else residual.stride(0), eps,
         N=num_rows,
-        WIDTH=width,
-        LARGEST=largest,
+        WIDTH=num_inputs // 4,
+        FORMAT=tl.int8 if weight.dtype == torch.int8 else tl.float8e4nv,
+        LARGEST=LARGEST[weight.dtype],
         ADD=residual is not None,
         NORM=norm is not None,
         BIAS=bias is not None,
         GATED=gated,
-        ASM=not isinstance(_w8a8_gemv_kernel, InterpretedFunction),
-        BLOCK_N=config.block_n,
-        TILES=config.tiles,
-        HEAD=head,
-        TAIL=tail,
+        TENSOR=x.dtype.itemsize == 2 and not interpreted,
+        R=config.rows,
+        TILES=tiles,
+        PROGRAMS=programs,
+        C=lanes,
+        PARTS=triton.cdiv(triton.cdiv(num_inputs, CHUNK), lanes),
         num_warps=config.num_warps,
+        # All programs of a multiprocessor are to be there at once.
+        maxnreg=min(65536 // (lanes * config.per_sm) // 8 * 8, 255),
         **pdl(x.device),
     )  # fmt: skip
     return out, total

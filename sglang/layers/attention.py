@@ -62,14 +62,14 @@ class Attention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """x, residual [T, H] -> summands of x + residual + attention of norm(x + residual); the
         tokens' K and V go into batch.kv_cache."""
-        qkv, residual = self.qkv_proj.normed(x, residual, norm)
+        qkv, residual, scale = self.qkv_proj.unscaled(x, residual, norm)
         k_cache, v_cache = batch.kv_cache.k[self.layer], batch.kv_cache.v[self.layer]
         q, k, v = rope_and_write_kv(
             qkv, positions, batch.slots, cos_sin, k_cache, v_cache,
             self.num_heads, self.num_kv_heads,
             None if self.q_norm is None else self.q_norm.weight,
             None if self.k_norm is None else self.k_norm.weight,
-            self.eps,
+            self.eps, scale,
         )  # fmt: skip
         out = batch.attention.forward(q, k, v, k_cache, v_cache, batch, self.scale, self.window)
         return self.o_proj.added(out, residual)

@@ -14,6 +14,7 @@ from sglang.layers.shard import WHOLE, Shard
 from sglang.quantization.base import LinearMethod, Quantization
 
 if TYPE_CHECKING:
+    from sglang.kernels.row_scale import RowScale
     from sglang.layers.norm import RMSNorm
     from sglang.models.checkpoint import Checkpoint
     from sglang.worker.parallel import TensorParallel
@@ -82,6 +83,16 @@ class Linear(nn.Module):
         """x, residual [T, in] -> (this layer of norm(x + residual), x + residual). `gated`: of
         outputs (gate | up), silu(gate) * up."""
         return self.method.apply_normed(self, x, self.bias, norm, residual, gated)
+
+    def unscaled(
+        self, x: torch.Tensor, residual: torch.Tensor | None, norm: RMSNorm
+    ) -> tuple[torch.Tensor, torch.Tensor, RowScale | None]:
+        """As `normed`, and what this layer's outputs are still to be multiplied by, if anything."""
+        return self.method.apply_unscaled(self, x, self.bias, norm, residual)
+
+    def take_norm(self, norm: RMSNorm) -> None:
+        """No other layer reads what the norm returns. After both have been loaded."""
+        self.method.take_norm(self, norm)
 
 
 class QKVLinear(Linear):

@@ -22,9 +22,17 @@ class RMSNorm(nn.Module):
         self.eps = eps
         weight = torch.empty(size, dtype=dtype, device=device)
         self.weight = nn.Parameter(weight, requires_grad=False)
+        self.is_plain = False
+        """Whether the weight is all ones: x / rms(x) is left."""
 
     def load(self, checkpoint: Checkpoint) -> None:
         checkpoint.load(self.weight, f"{self.name}.weight")
+
+    def move_weight_into(self, matrix: torch.Tensor) -> None:
+        """matrix [N, H]: of the only product that reads what this norm returns."""
+        matrix.mul_(self.weight)
+        self.weight.fill_(1.0)
+        self.is_plain = True
 
     def forward(
         self, x: torch.Tensor, residual: torch.Tensor | None = None

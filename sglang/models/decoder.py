@@ -70,6 +70,11 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(f"{name}.post_attention_layernorm", *norm)
         self.mlp = MLP(f"{name}.mlp", config, *where)
 
+    def move_norms(self) -> None:
+        """What can be of the norms goes into the layers that read them. After loading."""
+        self.self_attn.qkv_proj.take_norm(self.input_layernorm)
+        self.mlp.gate_up_proj.take_norm(self.post_attention_layernorm)
+
     def forward(
         self,
         x: torch.Tensor,
@@ -116,6 +121,8 @@ class Decoder(nn.Module):
         for module in self.modules():
             if module is not self and hasattr(module, "load"):
                 module.load(checkpoint)
+        for layer in self.layers:
+            layer.move_norms()
         config, factors = self.config, None
         if checkpoint.has("rope_freqs.weight"):
             factors = torch.empty(config.head_dim // 2)

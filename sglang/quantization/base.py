@@ -17,6 +17,7 @@ from torch import nn
 from sglang.kernels.activation import silu_and_mul
 
 if TYPE_CHECKING:
+    from sglang.kernels.row_scale import RowScale
     from sglang.layers.linear import Linear, Part
     from sglang.layers.norm import RMSNorm
     from sglang.models.checkpoint import Checkpoint
@@ -64,6 +65,18 @@ class LinearMethod(ABC):
         x, residual = norm(x, residual)
         return (self.apply_gated if gated else self.apply)(layer, x, bias), residual
 
+    def apply_unscaled(
+        self,
+        layer: Linear,
+        x: torch.Tensor,
+        bias: torch.Tensor | None,
+        norm: RMSNorm,
+        residual: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, RowScale | None]:
+        """As apply_normed. A method may leave it to whoever reads the outputs to multiply them by
+        what it returns last."""
+        return *self.apply_normed(layer, x, bias, norm, residual, False), None
+
     def apply_gated(
         self, layer: Linear, x: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:  # fmt: skip
@@ -76,6 +89,10 @@ class LinearMethod(ABC):
         """residual + apply(x), as two summands, or as one if a method adds on its way. It may
         overwrite the residual."""
         return self.apply(layer, x, bias), residual
+
+    def take_norm(self, layer: Linear, norm: RMSNorm) -> None:  # noqa: B027
+        """After loading: only this layer will read what the norm returns, so a method may take the
+        norm's weight into its own."""
 
     def finish(self, layer: Linear) -> None:  # noqa: B027
         """After loading: repack the layer's parameters into what `apply` wants."""

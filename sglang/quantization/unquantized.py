@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from sglang.kernels.few_linear import few_linear, is_small
 from sglang.kernels.gated_linear import gated_linear
 from sglang.kernels.gemv import fused_linear, is_few
+from sglang.kernels.row_scale import RowScale, row_scale
 from sglang.quantization.base import LinearMethod, Quantization, StoredTensor
 
 if TYPE_CHECKING:
@@ -36,6 +37,13 @@ class Unquantized(LinearMethod, Quantization):
             layer.packed = torch.ops.mkldnn._reorder_linear_weight(weight, 32)
             del layer.weight
 
+    def take_norm(self, layer: Linear, norm: RMSNorm) -> None:
+        # float16 might not hold the outputs of tokens that are not normed, and a bias is not to be
+        # scaled.
+        weight = layer.weight if layer.packed is None else None
+        if weight is not None and _is_bfloat16_on_gpu(weight) and layer.bias is None:
+            norm.move_weight_into(weight)
+
     def apply(self, layer: Linear, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         if is_few(x):
             return fused_linear(x, layer.weight, bias)[0]
@@ -56,7 +64,22 @@ class Unquantized(LinearMethod, Quantization):
             return fused_linear(x, layer.weight, bias, residual, norm.weight, norm.eps, gated)
         if layer.packed is None and residual is None and is_small(x, layer.weight):
             return few_linear(x, layer.weight, bias, norm.weight, norm.eps, gated), x
+        if norm.is_plain and residual is None and gated:
+            return gated_linear(x, layer.weight, row_scale(x, norm.eps)), x
         return super().apply_normed(layer, x, bias, norm, residual, gated)
+
+    def apply_unscaled(
+        self,
+        layer: Linear,
+        x: torch.Tensor,
+        bias: torch.Tensor | None,
+        norm: RMSNorm,
+        residual: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, RowScale | None]:
+        in_one_kernel = is_few(x) or is_small(x, layer.weight)
+        if norm.is_plain and residual is None and not in_one_kernel:
+            return F.linear(x, layer.weight), x, row_scale(x, norm.eps)
+        return super().apply_unscaled(layer, x, bias, norm, residual)
 
     def apply_gated(
         self, layer: Linear, x: torch.Tensor, bias: torch.Tensor | None
@@ -74,6 +97,10 @@ class Unquantized(LinearMethod, Quantization):
             if bias is None:  # BLAS adds up as it goes
                 return residual.addmm_(x, layer.weight.t()), None
         return super().apply_added(layer, x, bias, residual)
+
+
+def _is_bfloat16_on_gpu(t: torch.Tensor) -> bool:
+    return t.is_cuda and t.dtype == torch.bfloat16
 
 
 def _onednn_can(dtype: torch.dtype) -> bool:

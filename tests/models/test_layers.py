@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from sglang.layers.linear import RowParallelLinear
+from sglang.kernels.activation import silu_and_mul_naive
+from sglang.layers.linear import GateUpLinear, QKVLinear, RowParallelLinear
+from sglang.layers.norm import RMSNorm
 from sglang.quantization.unquantized import Unquantized
 from sglang.worker.parallel import TensorParallel
-from tests.kernels.common import DEVICE, assert_close, randn
+from tests.kernels.common import DEVICE, GPU, assert_close, randn
 
 
 class InMemory:
@@ -39,3 +44,30 @@ def test_a_layer_may_add_its_output_to_the_residual(
     expected = residual + F.linear(x, weight, b if bias else None)
     one, other = layer.added(x, residual)
     assert_close(one if other is None else one + other, expected)
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 16, 17, 200, 600, 2100])
+def test_a_norm_may_come_after_the_product(tokens: int) -> None:
+    torch.manual_seed(0)
+    dtype, eps = torch.bfloat16 if GPU else torch.float32, 1e-5
+    norm = RMSNorm("norm", 128, eps, dtype, DEVICE)
+    norm.weight.copy_(torch.rand(128) + 0.5)
+    where = (Unquantized(), TensorParallel(), dtype, DEVICE)
+    qkv, mlp = QKVLinear("attention", 128, 4, 2, 32, *where), GateUpLinear("mlp", 128, 256, *where)
+    x = randn(tokens, 128, dtype=dtype) * 3
+    normed = F.rms_norm(x.float(), (128,), norm.weight.float(), eps)
+    expected = []
+    for layer, outputs in ((qkv, 256), (mlp, 512)):
+        weight = randn(outputs, 128, dtype=dtype) / 8
+        expected.append(F.linear(normed, weight.float()))
+        layer.weight, layer.packed = nn.Parameter(weight, requires_grad=False), None
+    moved = copy.deepcopy(norm)
+    moved.move_weight_into(qkv.weight)
+    out, same, scale = qkv.unscaled(x, None, moved)
+    assert same is x
+    assert (scale is None) == (GPU and tokens <= 16)  # those have a kernel for all of it
+    assert_close(out if scale is None else scale.times(out), expected[0].to(dtype))
+    norm.move_weight_into(mlp.weight)
+    out, same = mlp.normed(x, None, norm, gated=True)
+    assert same is x
+    assert_close(out, silu_and_mul_naive(expected[1]).to(dtype))
