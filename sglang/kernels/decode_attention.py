@@ -25,9 +25,8 @@ from sglang.kernels.launch import (
     wait_for_previous,
 )
 
-MAX_PROGRAMS, MAX_MORE_PROGRAMS = 4096, 1056
-"""Of a launch, for the first splits of rows and for the others: enough to keep every SM busy until
-the last of them ends."""
+MAX_PROGRAMS = 2048
+"""Of a launch: enough to keep every SM busy until the last of them ends."""
 
 
 def decode_attention(
@@ -91,7 +90,7 @@ class DecodeConfig:
     num_stages: int
     max_splits: int
     split_tokens: int = 256
-    """A row gets another split for each of these, until it has max_splits: then they grow."""
+    """A row has a split for each of these, but at most max_splits; they are of equal length."""
 
 
 @cache
@@ -112,8 +111,10 @@ def decode_config(
         splits, split_tokens = 16, 64
     elif fill >= 1:
         splits, split_tokens = 4, 256
-    else:  # splits only for rows that are long
+    elif heads < 9 * sms:
         splits, split_tokens = 4, 2048 if in_bytes else 1024
+    else:  # splits only for rows that are very long
+        splits, split_tokens = 4, 4096
     if head_dim > 128 or dtype.itemsize == 4:
         block_n, num_warps, num_stages = 32, 4, 2
     elif in_bytes:
@@ -173,13 +174,25 @@ def _load_tile(
 @triton.jit
 def _splits(length, split_tokens, MAX_SPLITS: tl.constexpr, BLOCK_N: tl.constexpr):
     """(tokens of a split, a multiple of BLOCK_N; how many splits there are)."""
-    size = tl.maximum(tl.cdiv(length, MAX_SPLITS * BLOCK_N) * BLOCK_N, split_tokens)
-    return size, tl.cdiv(length, size)
+    wanted = tl.minimum(tl.cdiv(length, split_tokens), MAX_SPLITS)
+    size = tl.cdiv(tl.cdiv(length, tl.maximum(wanted, 1)), BLOCK_N) * BLOCK_N
+    return size, tl.cdiv(length, tl.maximum(size, 1))
+
+
+@triton.jit
+def _count_splits(
+    lens_ptr, row, num_rows, split_tokens,
+    WINDOW: tl.constexpr, MAX_SPLITS: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    lens = tl.load(lens_ptr + row, mask=row < num_rows, other=0)
+    if WINDOW > 0:
+        lens = tl.minimum(lens, WINDOW)
+    return _splits(lens, split_tokens, MAX_SPLITS, BLOCK_N)[1]
 
 
 # What varies from step to step, alignment included, must not compile a kernel anew.
 @triton.jit(
-    do_not_specialize=["num_rows", "split_tokens", "first_programs"],
+    do_not_specialize=["num_rows", "split_tokens"],
     do_not_specialize_on_alignment=["rows_ptr", "lens_ptr"],
 )
 def _decode_kernel(
@@ -199,7 +212,6 @@ def _decode_kernel(
     scale_log2,
     num_rows,
     split_tokens,
-    first_programs,
     WINDOW: tl.constexpr,
     HQ: tl.constexpr,
     GROUP: tl.constexpr,
@@ -213,9 +225,9 @@ def _decode_kernel(
     ASM: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """The first programs have the first splits of rows. The others share out further splits, of
-    which there are as many as the rows are long: a grid with a program for each that there might be
-    would mostly be programs without work, and they cost time.
+    """The programs share out the splits of all rows. How many these are is known here only: a grid
+    with a program for each that there might be would mostly be programs without work, and they cost
+    time.
 
     A head's elements are in two parts, a and b, that are multiplied apart. Of a 16-bit cache that
     is its first half and the rest. An 8-bit cache is read as pairs, of which a is the first: so the
@@ -240,99 +252,84 @@ def _decode_kernel(
     tile_dtype: tl.constexpr = tl.float16 if PAIRS else dtype
 
     r = tl.arange(0, ROWS_PADDED)
-    lens = tl.load(lens_ptr + r, mask=r < num_rows, other=0)
-    item = tl.program_id(1)
-    items = tl.max(tl.where(lens > 0, r, -1), 0) + 1
-    step = first_programs
-    if MAX_SPLITS > 1:
-        seen_lens = tl.minimum(lens, WINDOW) if WINDOW > 0 else lens
-        _, more = _splits(seen_lens, split_tokens, MAX_SPLITS, BLOCK_N)
-        more = tl.maximum(more - 1, 0)
-        more_until = tl.cumsum(more, 0)  # the row's end
-        if tl.program_id(1) >= first_programs:
-            item -= first_programs
-            items = tl.sum(more, 0)
-            step = tl.num_programs(1) - first_programs
-    for at_item in tl.range(item, items, step):
-        i = at_item
-        split = 0
-        if MAX_SPLITS > 1:  # noqa: SIM102 (one is known to the compiler)
-            if tl.program_id(1) >= first_programs:
-                i = tl.sum((more_until <= at_item).to(tl.int32), 0)
-                split = 1 + at_item - tl.sum(tl.where(r < i, more, 0), 0)
+    counts = _count_splits(lens_ptr, r, num_rows, split_tokens, WINDOW, MAX_SPLITS, BLOCK_N)
+    for item in tl.range(tl.program_id(1), tl.sum(counts, 0), tl.num_programs(1)):
+        # Counted again: to keep the counts would take registers from what follows.
+        counts = _count_splits(lens_ptr, r, num_rows, split_tokens, WINDOW, MAX_SPLITS, BLOCK_N)
+        i = tl.sum((tl.cumsum(counts, 0) <= item).to(tl.int32), 0)
+        split = item - tl.sum(tl.where(r < i, counts, 0), 0)
         kv_len = tl.load(lens_ptr + i)
         first = 0
         if WINDOW > 0:
             first = tl.maximum(kv_len - WINDOW, 0)
         size, splits = _splits(kv_len - first, split_tokens, MAX_SPLITS, BLOCK_N)
-        if split < splits:
-            start = first + split * size
-            end = tl.minimum(start + size, kv_len)
-            at_row = tl.full([], i, tl.int64)
-            q_at = q_ptr + at_row * q_stride + head[:, None] * D
-            q_a = tl.load(q_at + a[None, :], mask=in_a, other=0.0).to(tile_dtype)
-            q_b = tl.load(q_at + b[None, :], mask=in_b, other=0.0).to(tile_dtype)
-            table = table_ptr + tl.load(rows_ptr + i).to(tl.int64) * table_stride
+        start = first + split * size
+        end = tl.minimum(start + size, kv_len)
+        at_row = tl.full([], i, tl.int64)
+        q_at = q_ptr + at_row * q_stride + head[:, None] * D
+        q_a = tl.load(q_at + a[None, :], mask=in_a, other=0.0).to(tile_dtype)
+        q_b = tl.load(q_at + b[None, :], mask=in_b, other=0.0).to(tile_dtype)
+        table = table_ptr + tl.load(rows_ptr + i).to(tl.int64) * table_stride
 
-            most = tl.full([BLOCK_H], -float("inf"), tl.float32)
-            total = tl.zeros([BLOCK_H], tl.float32)
-            acc_a = tl.zeros([BLOCK_H, BLOCK_D // 2], tl.float32)
-            acc_b = acc_a
-            # The index tile is loaded one turn ahead: a gather through an index of its own turn
-            # would keep a single tile in flight whatever num_stages says.
-            slots = tl.load(table + start + n, mask=start + n < end, other=0)
-            for at in tl.range(start, end, BLOCK_N):
-                seen = at + n < end
-                offset = (slots.to(tl.int64) * kv_stride)[:, None]
-                k_a, k_b = _load_tile(k_base, offset, seen, half, a, b, D, PAIRS, ASM)
-                v_a, v_b = _load_tile(v_base, offset, seen, half, a, b, D, PAIRS, ASM)
-                ahead = at + BLOCK_N + n
-                slots = tl.load(table + ahead, mask=ahead < end, other=0)
-                scores = tl.dot(q_a, tl.trans(k_a), input_precision=FLOAT32)
-                scores = tl.dot(q_b, tl.trans(k_b), scores, input_precision=FLOAT32) * scale_log2
-                scores = tl.where(seen[None, :], scores, -float("inf"))
-                new_most = tl.maximum(most, tl.max(scores, 1))
-                weights = tl.exp2(scores - new_most[:, None])
-                shrink = tl.exp2(most - new_most)
-                total = total * shrink + tl.sum(weights, 1)
-                acc_a *= shrink[:, None]
-                acc_b *= shrink[:, None]
-                weights = weights.to(tile_dtype)
-                acc_a = tl.dot(weights, v_a, acc_a, input_precision=FLOAT32)
-                acc_b = tl.dot(weights, v_b, acc_b, input_precision=FLOAT32)
-                most = new_most
+        most = tl.full([BLOCK_H], -float("inf"), tl.float32)
+        total = tl.zeros([BLOCK_H], tl.float32)
+        acc_a = tl.zeros([BLOCK_H, BLOCK_D // 2], tl.float32)
+        acc_b = acc_a
+        # The index tile is loaded one turn ahead: a gather through an index of its own turn
+        # would keep a single tile in flight whatever num_stages says.
+        slots = tl.load(table + start + n, mask=start + n < end, other=0)
+        for at in tl.range(start, end, BLOCK_N):
+            seen = at + n < end
+            offset = (slots.to(tl.int64) * kv_stride)[:, None]
+            k_a, k_b = _load_tile(k_base, offset, seen, half, a, b, D, PAIRS, ASM)
+            v_a, v_b = _load_tile(v_base, offset, seen, half, a, b, D, PAIRS, ASM)
+            ahead = at + BLOCK_N + n
+            slots = tl.load(table + ahead, mask=ahead < end, other=0)
+            scores = tl.dot(q_a, tl.trans(k_a), input_precision=FLOAT32)
+            scores = tl.dot(q_b, tl.trans(k_b), scores, input_precision=FLOAT32) * scale_log2
+            scores = tl.where(seen[None, :], scores, -float("inf"))
+            new_most = tl.maximum(most, tl.max(scores, 1))
+            weights = tl.exp2(scores - new_most[:, None])
+            shrink = tl.exp2(most - new_most)
+            total = total * shrink + tl.sum(weights, 1)
+            acc_a *= shrink[:, None]
+            acc_b *= shrink[:, None]
+            weights = weights.to(tile_dtype)
+            acc_a = tl.dot(weights, v_a, acc_a, input_precision=FLOAT32)
+            acc_b = tl.dot(weights, v_b, acc_b, input_precision=FLOAT32)
+            most = new_most
 
-            acc_a = acc_a / total[:, None]
-            acc_b = acc_b / total[:, None]
-            at_heads = at_row * HQ + head
-            if splits == 1:
-                out_at = out_ptr + at_heads[:, None] * D
-                tl.store(out_at + a[None, :], acc_a.to(dtype), mask=in_a)
-                tl.store(out_at + b[None, :], acc_b.to(dtype), mask=in_b)
-            elif MAX_SPLITS > 1:
-                at_split = at_heads * MAX_SPLITS + split
-                partial_at = partial_ptr + at_split[:, None] * D
-                tl.store(partial_at + a[None, :], acc_a, mask=in_a)
-                tl.store(partial_at + b[None, :], acc_b, mask=in_b)
-                tl.store(lse_ptr + at_split, most + tl.log2(total), mask=in_group < GROUP)
-                tl.debug_barrier()  # the stores of all threads come before the count
-                ended_at = ended_ptr + i * tl.num_programs(0) + tl.program_id(0)
-                if tl.atomic_add(ended_at, 1, sem="acq_rel") == splits - 1:
-                    tl.store(ended_at, 0)
-                    d = tl.arange(0, BLOCK_D)
-                    s = tl.arange(0, MAX_SPLITS)
-                    used = s < splits
-                    for h in range(first_head, tl.minimum(first_head + BLOCK_H, GROUP)):
-                        at_head = at_row * HQ + kv_head * GROUP + h
-                        # Past the L1, which other SMs' stores do not reach.
-                        lse_at = lse_ptr + at_head * MAX_SPLITS + s
-                        lse = tl.load(lse_at, mask=used, other=-1.0e30, cache_modifier=".cg")
-                        tile = partial_ptr + (at_head * MAX_SPLITS + s[:, None]) * D + d[None, :]
-                        tile_mask = used[:, None] & (d[None, :] < D)
-                        part = tl.load(tile, mask=tile_mask, other=0.0, cache_modifier=".cg")
-                        share = tl.exp2(lse - tl.max(lse, 0))
-                        out = tl.sum(share[:, None] * part, 0) / tl.sum(share, 0)
-                        tl.store(out_ptr + at_head * D + d, out.to(dtype), mask=d < D)
+        acc_a = acc_a / total[:, None]
+        acc_b = acc_b / total[:, None]
+        at_heads = at_row * HQ + head
+        if splits == 1:
+            out_at = out_ptr + at_heads[:, None] * D
+            tl.store(out_at + a[None, :], acc_a.to(dtype), mask=in_a)
+            tl.store(out_at + b[None, :], acc_b.to(dtype), mask=in_b)
+        elif MAX_SPLITS > 1:
+            at_split = at_heads * MAX_SPLITS + split
+            partial_at = partial_ptr + at_split[:, None] * D
+            tl.store(partial_at + a[None, :], acc_a, mask=in_a)
+            tl.store(partial_at + b[None, :], acc_b, mask=in_b)
+            tl.store(lse_ptr + at_split, most + tl.log2(total), mask=in_group < GROUP)
+            tl.debug_barrier()  # the stores of all threads come before the count
+            ended_at = ended_ptr + i * tl.num_programs(0) + tl.program_id(0)
+            if tl.atomic_add(ended_at, 1, sem="acq_rel") == splits - 1:
+                tl.store(ended_at, 0)
+                d = tl.arange(0, BLOCK_D)
+                s = tl.arange(0, MAX_SPLITS)
+                used = s < splits
+                for h in range(first_head, tl.minimum(first_head + BLOCK_H, GROUP)):
+                    at_head = at_row * HQ + kv_head * GROUP + h
+                    # Past the L1, which other SMs' stores do not reach.
+                    lse_at = lse_ptr + at_head * MAX_SPLITS + s
+                    lse = tl.load(lse_at, mask=used, other=-1.0e30, cache_modifier=".cg")
+                    tile = partial_ptr + (at_head * MAX_SPLITS + s[:, None]) * D + d[None, :]
+                    tile_mask = used[:, None] & (d[None, :] < D)
+                    part = tl.load(tile, mask=tile_mask, other=0.0, cache_modifier=".cg")
+                    share = tl.exp2(lse - tl.max(lse, 0))
+                    out = tl.sum(share[:, None] * part, 0) / tl.sum(share, 0)
+                    tl.store(out_ptr + at_head * D + d, out.to(dtype), mask=d < D)
 
 
 def decode_attention_triton(
@@ -365,13 +362,12 @@ def decode_attention_triton(
     pairs = k_cache.dtype.itemsize == 1
     if pairs:
         k_cache, v_cache = k_cache.view(torch.int16), v_cache.view(torch.int16)
-    first = min(num_rows, triton.cdiv(MAX_PROGRAMS, heads))
-    more = min(num_rows * (config.max_splits - 1), triton.cdiv(MAX_MORE_PROGRAMS, heads))
+    programs = min(num_rows * config.max_splits, triton.cdiv(MAX_PROGRAMS, heads))
     # Heads first: programs side by side then read neighbouring parts of the same slots.
-    _decode_kernel[(heads, first + more)](
+    _decode_kernel[(heads, programs)](
         q, k_cache, v_cache, slot_table, rows, kv_lens, partial, lse, ended, out,
         q.stride(0), k_cache.stride(0), slot_table.stride(0),
-        scale * math.log2(math.e), num_rows, config.split_tokens, first,
+        scale * math.log2(math.e), num_rows, config.split_tokens,
         WINDOW=window,
         HQ=num_q_heads,
         GROUP=group,

@@ -65,10 +65,11 @@ def load_scale(of_ptr, row, stride, eps, K: tl.constexpr):
     """A token's scale, from the scales if K is 0, else from the token."""
     if K == 0:
         return tl.load(of_ptr + row)
-    BLOCK: tl.constexpr = triton.next_power_of_2(K)
-    k = tl.arange(0, BLOCK)
-    x = tl.load(of_ptr + row * stride + k, mask=k < K, other=0.0).to(tl.float32)
-    return tl.rsqrt(tl.sum(x * x) / K + eps)
+    else:
+        BLOCK: tl.constexpr = triton.next_power_of_2(K)
+        k = tl.arange(0, BLOCK)
+        x = tl.load(of_ptr + row * stride + k, mask=k < K, other=0.0).to(tl.float32)
+        return tl.rsqrt(tl.sum(x * x) / K + eps)
 
 
 @triton.jit
