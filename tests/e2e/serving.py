@@ -9,10 +9,20 @@ import subprocess
 import sys
 import tempfile
 import time
-from typing import Any
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import psutil
 import requests
+
+T = TypeVar("T")
+
+
+def at_once(calls: Iterable[Callable[[], T]]) -> list[T]:
+    """What they return. A batch of requests takes little longer than one."""
+    with ThreadPoolExecutor(32) as pool:
+        return [future.result() for future in [pool.submit(call) for call in calls]]
 
 
 class Server:

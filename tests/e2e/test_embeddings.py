@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from functools import cache
 
 import numpy as np
 import openai
@@ -15,10 +16,15 @@ TEXTS = ["The capital of France is", "Once upon a time", "こんにちは"]
 LONG = [(7 * i * i + i) % 40000 + 100 for i in range(1100)]  # more than two chunks of 512
 
 
-def reference(ids: list[int], pooling: str) -> np.ndarray:
+@cache
+def hidden_states(*ids: int) -> torch.Tensor:
     model, _ = demo_model_in_transformers()
     with torch.inference_mode():
-        hidden = model.model(torch.tensor([ids])).last_hidden_state[0].float()
+        return model.model(torch.tensor([ids])).last_hidden_state[0].float()
+
+
+def reference(ids: list[int], pooling: str) -> np.ndarray:
+    hidden = hidden_states(*ids)
     vector = hidden[-1] if pooling == "last" else hidden.mean(0)
     return (vector / vector.norm()).numpy()
 

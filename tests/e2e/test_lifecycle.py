@@ -19,7 +19,6 @@ import requests
 
 from tests.e2e.serving import Server
 
-pytestmark = pytest.mark.alone
 CHILDREN = ["model worker 0", "router", "detokenizer"]
 LONG = {"max_new_tokens": 4000, "ignore_eos": True, "temperature": 0}
 
@@ -33,6 +32,7 @@ def launch(*flags: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("child", CHILDREN)
 @pytest.mark.parametrize("when", ["starting", "under load"])
 def test_a_killed_process_ends_the_server_with_its_cause(child, when):
@@ -61,6 +61,7 @@ def test_a_killed_process_ends_the_server_with_its_cause(child, when):
             list(stream)
 
 
+@pytest.mark.alone
 def test_a_killed_launcher_leaves_no_process():
     server = Server().wait_ready()
     children = server.children()
@@ -70,6 +71,7 @@ def test_a_killed_launcher_leaves_no_process():
     assert not alive
 
 
+@pytest.mark.alone
 def test_two_servers_live_side_by_side_and_sigterm_ends_one_cleanly(server: Server):
     other = Server("--served-model-name", "another", "--grammar-backend", "none").wait_ready()
     assert other.url != server.url
@@ -110,6 +112,7 @@ def test_two_servers_live_side_by_side_and_sigterm_ends_one_cleanly(server: Serv
     assert other.seconds_to_ready < 15, "a model in the cache is ready soon"
 
 
+@pytest.mark.alone
 def test_ctrl_c_ends_an_idle_server_at_once():
     server = Server().wait_ready()
     children = server.children()
@@ -122,6 +125,7 @@ def test_ctrl_c_ends_an_idle_server_at_once():
     assert "Traceback" not in server.stderr()
 
 
+@pytest.mark.alone
 def test_a_second_ctrl_c_does_not_wait_for_running_requests():
     server = Server().wait_ready()
     children = server.children()

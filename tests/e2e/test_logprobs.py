@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import lru_cache
 
 import openai
 import pytest
@@ -17,6 +18,11 @@ TOLERANCE = 1e-4
 
 def reference(ids: list[int]) -> torch.Tensor:
     """[len(ids), V]: row i has the logprobs of what follows ids[: i + 1]."""
+    return _reference(*ids)
+
+
+@lru_cache(maxsize=1)
+def _reference(*ids: int) -> torch.Tensor:
     model, _ = demo_model_in_transformers()
     with torch.inference_mode():
         return model(torch.tensor([ids])).logits[0].float().log_softmax(-1)

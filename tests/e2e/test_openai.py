@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+from functools import partial
+from typing import Any
 
 import httpx
 import openai
 import pytest
+
+from tests.e2e.serving import at_once
 
 CAPITAL = [{"role": "user", "content": "What is the capital of France?"}]
 PROMPTS = [
@@ -100,33 +104,40 @@ def test_an_assistants_last_message_can_be_continued(client, model):
     assert reply.choices[0].message.content.startswith(" Paris")
 
 
-@pytest.mark.parametrize("prompt", PROMPTS)
-def test_a_completion_stream_joined_is_the_whole_completion(client, model, prompt):
-    kwargs = {"model": model, "prompt": prompt, "max_tokens": 24, "temperature": 0}
-    whole = client.completions.create(**kwargs).choices[0]
-    assert completion_stream_text(client, **kwargs) == (whole.text, whole.finish_reason)
-    assert whole.text
+def wholes_and_streams(client: openai.OpenAI, asked: list[dict]) -> list[tuple]:
+    """Of each: (the whole completion, completion_stream_text)."""
+    wholes = [partial(client.completions.create, **kwargs) for kwargs in asked]
+    streams = [partial(completion_stream_text, client, **kwargs) for kwargs in asked]
+    replies: list[Any] = at_once([*wholes, *streams])
+    return [(w.choices[0], s) for w, s in zip(replies, replies[len(asked) :], strict=False)]
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_a_stream_of_wild_bytes_joined_is_the_whole_completion(client, model, seed):
+def test_a_completion_stream_joined_is_the_whole_completion(client, model):
+    kwargs = {"model": model, "max_tokens": 24, "temperature": 0}
+    asked = [{**kwargs, "prompt": prompt} for prompt in PROMPTS]
+    for whole, streamed in wholes_and_streams(client, asked):
+        assert streamed == (whole.text, whole.finish_reason)
+        assert whole.text
+
+
+def test_a_stream_of_wild_bytes_joined_is_the_whole_completion(client, model):
     """At this temperature there are broken characters, emoji and all scripts."""
     kwargs = {
         "model": model,
         "prompt": "☃",
         "max_tokens": 40,
         "temperature": 2.0,
-        "seed": seed,
         "extra_body": {"ignore_eos": True},
     }
-    whole = client.completions.create(**kwargs).choices[0]
-    assert completion_stream_text(client, **kwargs) == (whole.text, "length")
+    for whole, streamed in wholes_and_streams(client, [{**kwargs, "seed": i} for i in range(4)]):
+        assert streamed == (whole.text, "length")
 
 
 def test_a_stop_string_is_neither_shown_nor_leaked_wherever_tokens_end(client, model):
     kwargs = {"model": model, "prompt": PROMPTS[1], "temperature": 0, "max_tokens": 24}
     full = client.completions.create(**kwargs).choices[0].text
-    for at in range(3, 40, 5):
+
+    def check(at: int) -> None:
         stop = full[at : at + 6]
         expected = full[: full.index(stop)]
         whole = client.completions.create(stop=stop, **kwargs).choices[0]
@@ -135,6 +146,8 @@ def test_a_stop_string_is_neither_shown_nor_leaked_wherever_tokens_end(client, m
         assert completion_stream_text(client, stop=[stop], **kwargs) == (expected, "stop")
         kept = client.completions.create(stop=stop, extra_body={"no_stop_trim": True}, **kwargs)
         assert kept.choices[0].text == expected + stop
+
+    at_once(partial(check, at) for at in range(3, 40, 5))
 
 
 def test_several_stop_strings_end_at_the_first(client, model):

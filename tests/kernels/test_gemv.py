@@ -21,7 +21,8 @@ def test_fused_linear_agrees_with_its_twin(seed: int) -> None:
     torch.manual_seed(seed)
     dtype = rng.choice(DTYPES)
     tokens = rng.randint(0, MAX_TOKENS)
-    outputs, inputs = rng.choice([2, 64, 130]), rng.choice([64, 100, 1024, 3000])
+    outputs = rng.choice([2, 64, 130] if GPU else [2, 16, 34])
+    inputs = rng.choice([64, 100, 1024, 3000])
     gated, biased, normed, added = (rng.random() < 0.5 for _ in range(4))
     x = randn(tokens, inputs + 8, dtype=dtype)[:, :inputs]  # rows with a gap between them
     weight = randn(outputs, inputs, dtype=dtype) / inputs**0.5

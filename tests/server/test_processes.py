@@ -138,7 +138,8 @@ time.sleep(1000)
     assert not is_running(pid)
 
 
-def test_a_child_that_hangs_is_noticed_and_named(supervise):
+def test_a_child_that_hangs_is_noticed_and_named(supervise, monkeypatch):
+    monkeypatch.setattr("sglang.processes.SILENCE_SECONDS", 3.0)
     supervisor, deaths = supervise(("live",), ("live",))
     with pytest.raises(queue.Empty):
         deaths.get(timeout=3)  # long enough for both to have shown life
@@ -150,7 +151,7 @@ def test_a_child_that_hangs_is_noticed_and_named(supervise):
 
 def test_a_child_that_computes_without_a_beat_is_given_longer(supervise, monkeypatch):
     monkeypatch.setattr("sglang.processes.SILENCE_SECONDS", 2.5)
-    _, deaths = supervise(("hold_the_interpreter_lock", 5.0))
+    _, deaths = supervise(("hold_the_interpreter_lock", 4.0))
     assert deaths.get(timeout=15).message == "child 0: done"
     monkeypatch.setattr("sglang.processes.BUSY_SECONDS", 2.5)
     _, deaths = supervise(("hold_the_interpreter_lock", 10.0))
