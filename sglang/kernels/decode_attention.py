@@ -172,27 +172,20 @@ def _load_tile(
 
 
 @triton.jit
-def _splits(length, split_tokens, MAX_SPLITS: tl.constexpr, BLOCK_N: tl.constexpr):
-    """(tokens of a split, a multiple of BLOCK_N; how many splits there are)."""
-    wanted = tl.minimum(tl.cdiv(length, split_tokens), MAX_SPLITS)
-    size = tl.cdiv(tl.cdiv(length, tl.maximum(wanted, 1)), BLOCK_N) * BLOCK_N
-    return size, tl.cdiv(length, tl.maximum(size, 1))
-
-
-@triton.jit
 def _count_splits(
-    lens_ptr, row, num_rows, split_tokens,
-    WINDOW: tl.constexpr, MAX_SPLITS: tl.constexpr, BLOCK_N: tl.constexpr,
+    lens_ptr, row, num_rows,
+    WINDOW: tl.constexpr, SPLIT_TOKENS: tl.constexpr, MAX_SPLITS: tl.constexpr,
 ):  # fmt: skip
+    """Of rows. The last ones of a row may be without tokens."""
     lens = tl.load(lens_ptr + row, mask=row < num_rows, other=0)
     if WINDOW > 0:
         lens = tl.minimum(lens, WINDOW)
-    return _splits(lens, split_tokens, MAX_SPLITS, BLOCK_N)[1]
+    return tl.minimum(tl.cdiv(lens, SPLIT_TOKENS), MAX_SPLITS)
 
 
 # What varies from step to step, alignment included, must not compile a kernel anew.
 @triton.jit(
-    do_not_specialize=["num_rows", "split_tokens"],
+    do_not_specialize=["num_rows"],
     do_not_specialize_on_alignment=["rows_ptr", "lens_ptr"],
 )
 def _decode_kernel(
@@ -211,7 +204,6 @@ def _decode_kernel(
     table_stride,
     scale_log2,
     num_rows,
-    split_tokens,
     WINDOW: tl.constexpr,
     HQ: tl.constexpr,
     GROUP: tl.constexpr,
@@ -219,6 +211,7 @@ def _decode_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    SPLIT_TOKENS: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
     ROWS_PADDED: tl.constexpr,
     PAIRS: tl.constexpr,
@@ -252,17 +245,18 @@ def _decode_kernel(
     tile_dtype: tl.constexpr = tl.float16 if PAIRS else dtype
 
     r = tl.arange(0, ROWS_PADDED)
-    counts = _count_splits(lens_ptr, r, num_rows, split_tokens, WINDOW, MAX_SPLITS, BLOCK_N)
+    counts = _count_splits(lens_ptr, r, num_rows, WINDOW, SPLIT_TOKENS, MAX_SPLITS)
     for item in tl.range(tl.program_id(1), tl.sum(counts, 0), tl.num_programs(1)):
         # Counted again: to keep the counts would take registers from what follows.
-        counts = _count_splits(lens_ptr, r, num_rows, split_tokens, WINDOW, MAX_SPLITS, BLOCK_N)
+        counts = _count_splits(lens_ptr, r, num_rows, WINDOW, SPLIT_TOKENS, MAX_SPLITS)
         i = tl.sum((tl.cumsum(counts, 0) <= item).to(tl.int32), 0)
         split = item - tl.sum(tl.where(r < i, counts, 0), 0)
         kv_len = tl.load(lens_ptr + i)
         first = 0
         if WINDOW > 0:
             first = tl.maximum(kv_len - WINDOW, 0)
-        size, splits = _splits(kv_len - first, split_tokens, MAX_SPLITS, BLOCK_N)
+        splits = tl.minimum(tl.cdiv(kv_len - first, SPLIT_TOKENS), MAX_SPLITS)
+        size = tl.cdiv(tl.cdiv(kv_len - first, splits), BLOCK_N) * BLOCK_N
         start = first + split * size
         end = tl.minimum(start + size, kv_len)
         at_row = tl.full([], i, tl.int64)
@@ -299,6 +293,7 @@ def _decode_kernel(
             acc_b = tl.dot(weights, v_b, acc_b, input_precision=FLOAT32)
             most = new_most
 
+        total = tl.maximum(total, 1.0e-30)  # of a split without tokens, 0
         acc_a = acc_a / total[:, None]
         acc_b = acc_b / total[:, None]
         at_heads = at_row * HQ + head
@@ -367,7 +362,7 @@ def decode_attention_triton(
     _decode_kernel[(heads, programs)](
         q, k_cache, v_cache, slot_table, rows, kv_lens, partial, lse, ended, out,
         q.stride(0), k_cache.stride(0), slot_table.stride(0),
-        scale * math.log2(math.e), num_rows, config.split_tokens,
+        scale * math.log2(math.e), num_rows,
         WINDOW=window,
         HQ=num_q_heads,
         GROUP=group,
@@ -375,6 +370,7 @@ def decode_attention_triton(
         BLOCK_H=16,  # the least that tensor cores take
         BLOCK_D=triton.next_power_of_2(dim),
         BLOCK_N=config.block_n,
+        SPLIT_TOKENS=config.split_tokens,
         MAX_SPLITS=config.max_splits,
         # Two sizes do: each costs compiling the kernel anew.
         ROWS_PADDED=16 if num_rows <= 16 else max(256, triton.next_power_of_2(num_rows)),

@@ -169,7 +169,9 @@ def _multiply(half: gl.constexpr, out, ring, staging, plan, SCALED: gl.constexpr
     scale = _scale(half, old_m, plan, SCALED)
     turn = 0
     for tile in range(gl.program_id(0), plan.tiles, gl.num_programs(0)):
-        m, n = _tile(tile, plan)  # here its divisions are hidden behind products
+        # Here divisions and a load are hidden behind products.
+        m, n = _tile(tile, plan)
+        next_scale = _scale(half, m, plan, SCALED)
         acc = gl.zeros([ROWS, 2 * BLOCK_N], gl.float32, ACC)
         for i in gl.static_range(CHUNKS):
             acc = _multiply_stage(half, acc, ring, turn, i > 0)
@@ -186,7 +188,7 @@ def _multiply(half: gl.constexpr, out, ring, staging, plan, SCALED: gl.constexpr
         acc = warpgroup_mma_wait(0, deps=(acc,))
         mbarrier.arrive(pair_stage(ring, turn - 1)[3])
         packed = _pack(acc, out.dtype)
-        scale = _scale(half, m, plan, SCALED)
+        scale = next_scale
         old_m = m
         old_n = n
     for i in gl.static_range(CHUNKS):

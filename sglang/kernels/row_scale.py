@@ -72,20 +72,37 @@ def load_scale(of_ptr, row, stride, eps, K: tl.constexpr):
         return tl.rsqrt(tl.sum(x * x) / K + eps)
 
 
-@triton.jit
-def _row_scale_kernel(x_ptr, out_ptr, stride, eps, K: tl.constexpr, PDL: tl.constexpr):
+@triton.jit(do_not_specialize=["num_rows"])
+def _row_scale_kernel(
+    x_ptr,
+    out_ptr,
+    num_rows,
+    stride,
+    eps,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
     launch_next(PDL)
     wait_for_previous(PDL)
-    row = tl.program_id(0).to(tl.int64)
-    tl.store(out_ptr + row, load_scale(x_ptr, row, stride, eps, K))
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    k = tl.arange(0, BLOCK)
+    at = row.to(tl.int64)[:, None] * stride + k[None, :]
+    mask = (row < num_rows)[:, None] & (k < K)[None, :]
+    x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row, tl.rsqrt(tl.sum(x * x, 1) / K + eps), mask=row < num_rows)
 
 
 def row_scales_triton(x: torch.Tensor, eps: float) -> torch.Tensor:
-    num_tokens, inputs = x.shape
-    out = torch.empty(num_tokens, dtype=torch.float32, device=x.device)
-    if num_tokens:
-        num_warps = min(max(triton.next_power_of_2(inputs) // 1024, 1), 16)  # 64 bytes a lane
-        _row_scale_kernel[(num_tokens,)](
-            x, out, x.stride(0), eps, K=inputs, num_warps=num_warps, **pdl(x.device)
-        )
+    num_rows, inputs = x.shape
+    out = torch.empty(num_rows, dtype=torch.float32, device=x.device)
+    if num_rows:
+        block = triton.next_power_of_2(inputs)
+        rows = max(8192 // block, 1)
+        # 64 elements a lane: enough bytes under way, and few programs to begin and to end.
+        _row_scale_kernel[(triton.cdiv(num_rows, rows),)](
+            x, out, num_rows, x.stride(0), eps, K=inputs, ROWS=rows, BLOCK=block,
+            num_warps=min(max(rows * block // 2048, 4), 16), **pdl(x.device),
+        )  # fmt: skip
     return out

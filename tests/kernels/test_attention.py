@@ -45,7 +45,7 @@ def qkv(tokens: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype) ->
 
 
 @pytest.mark.parametrize("seed", seeds(50, 24))
-def test_decode_agrees_with_its_twin(seed: int) -> None:
+def test_decode_agrees_with_its_twin(seed: int, monkeypatch) -> None:
     rng = random.Random(seed)
     dtype = rng.choice(DTYPES)
     torch.manual_seed(seed)
@@ -57,6 +57,8 @@ def test_decode_agrees_with_its_twin(seed: int) -> None:
     cache = Cache(n, max_len, kv_heads, dim, dtype)
     q = randn(n, kv_heads * group, dim, dtype=dtype)
     splits = rng.choice([1, 2, 8])
+    # Programs with one split each, or with many.
+    monkeypatch.setattr("sglang.kernels.decode_attention.MAX_PROGRAMS", rng.choice([2048, 4]))
     configs = [DecodeConfig(rng.choice([32, 64]), 4, 2, splits, rng.choice([32, 64, 256]))]
     if GPU:
         configs.append(None)
