@@ -42,7 +42,7 @@ class Forecast:
         planned = rows.planned[running]
         prompts = np.maximum(planned, rows.prefill_len[running])
         self._ratio = ratio
-        self._prompts = int((prompts - planned).sum())
+        self._prompts = sum((prompts - planned).tolist())
         """Slots that are taken as soon as may be: of prompts that are not planned to their end."""
         self._held = (prompts - rows.shared[running]).tolist()
         """Slots that each gives back when it ends..."""

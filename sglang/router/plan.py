@@ -29,19 +29,11 @@ class Flight:
     """A plan that was sent and whose result is not committed."""
 
     step: int
-    decode_rows: np.ndarray
+    rows: np.ndarray
+    """int32: every row of the step, in plan order."""
+    sampled_rows: np.ndarray
+    """int32: the rows that sample, in the order of StepResult.tokens."""
     chunks: list[Chunk]
-
-    def rows(self) -> np.ndarray:
-        """int32: every row of the step, in plan order."""
-        return self._join([chunk.row for chunk in self.chunks])
-
-    def sampled_rows(self) -> np.ndarray:
-        """int32: the rows that sample, in the order of StepResult.tokens."""
-        return self._join([chunk.row for chunk in self.chunks if chunk.samples])
-
-    def _join(self, prefill_rows: list[int]) -> np.ndarray:
-        return np.concatenate([self.decode_rows, np.asarray(prefill_rows, dtype=np.int32)])
 
 
 @dataclass
@@ -70,19 +62,23 @@ class PlanBuilder:
         return not len(self.decode_rows) and not self.chunks
 
     def build(self, state: Rows) -> tuple[StepPlan, bytes, Flight]:
-        flight = Flight(self.step, self.decode_rows, self.chunks)
-        rows = flight.rows()
-        q_lens = np.array([c.end - c.start for c in self.chunks], dtype=np.int32)
-        samples = np.array([c.samples for c in self.chunks], dtype=np.int32)
-        masked, masks = state.masks(flight.sampled_rows())
+        rows = self._join([c.row for c in self.chunks])
+        sampled_rows = self._join([c.row for c in self.chunks if c.samples])
+        q_lens = [c.end - c.start for c in self.chunks]
+        samples = [c.samples for c in self.chunks]
+        masked, masks = state.masks(sampled_rows)
         lists = (self._prefill_slots, self._cached_slots, self._prefill_ids, masks)
-        payload = np.concatenate([rows, q_lens, samples, self.decode_slots, *chain(*lists)])
+        of_chunks = np.array(q_lens + samples, dtype=np.int32)
+        payload = np.concatenate([rows, of_chunks, self.decode_slots, *chain(*lists)])
         plan = StepPlan(
             step=self.step,
             opened=self.opened,
             num_rows=len(rows),
             num_decode=len(self.decode_rows),
-            num_prefill_tokens=int(q_lens.sum()),
+            num_prefill_tokens=sum(q_lens),
             masked=masked,
         )
-        return plan, pack(payload), flight
+        return plan, pack(payload), Flight(self.step, rows, sampled_rows, self.chunks)
+
+    def _join(self, prefill_rows: list[int]) -> np.ndarray:
+        return np.concatenate([self.decode_rows, np.array(prefill_rows, dtype=np.int32)])

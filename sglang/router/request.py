@@ -190,8 +190,8 @@ class Rows:
 
     def masks(self, sampled: np.ndarray) -> tuple[list[int], list[np.ndarray]]:
         """(indices of the constrained ones among these rows, what their grammars allow)."""
-        at = np.flatnonzero(self.constrained[sampled])
-        return at.tolist(), [self.request(row).grammar.mask() for row in sampled[at]]  # type: ignore
+        at = self.constrained[sampled].nonzero()[0].tolist()
+        return at, [self.request(sampled[i]).grammar.mask() for i in at]  # type: ignore
 
     def close_row(self, row: int) -> None:
         request = self.request(row)

@@ -167,7 +167,7 @@ class Scheduler:
         ready = (
             rows.running() & (rows.planned >= rows.prefill_len) & (rows.planned < rows.limit - 1)
         ) & ~(rows.constrained & ((rows.flying > 0) | rows.unread))
-        return np.flatnonzero(ready).astype(np.int32)
+        return ready.nonzero()[0].astype(np.int32)
 
     def _plan_chunks(self, builder: PlanBuilder, requests: list[Request], budget: int) -> int:
         """Prefills up to `budget` tokens; returns what is left of it."""
@@ -207,11 +207,10 @@ class Scheduler:
         for request in self.waiting.candidates(self.cache):
             if not self.rows.num_free or budget <= 0:
                 break
-            reusable = request.reusable()
-            cached = self.cache.match_len(reusable)
+            slots, node = self.cache.match(request.reusable())
+            cached = len(slots)
             if not request.reads_prompt and claims.cover(request.tokens, cached):
                 continue
-            slots, node = self.cache.match(reusable)
             self.cache.lock(node)
             if not forecast.join(request, cached, self._num_available()):
                 self.cache.unlock(node)
@@ -229,7 +228,8 @@ class Scheduler:
         """Of running requests whose prompt is not wholly in the tree yet."""
         claims, rows = Claims(), self.rows
         if not self.cache.disabled:
-            for row in np.flatnonzero(rows.running() & (rows.known == rows.prefill_len)).tolist():
+            prefilling = rows.running() & (rows.known == rows.prefill_len)
+            for row in prefilling.nonzero()[0].tolist():
                 request = rows.request(row)
                 claims.add(request.tokens, request.cached)
         return claims
@@ -267,7 +267,7 @@ class Scheduler:
     def _running_last(self) -> Request | None:
         """The running request that was admitted last."""
         rows = self.rows
-        running = np.flatnonzero(rows.running())
+        running = rows.running().nonzero()[0]
         if not len(running):
             return None
         return rows.requests[running[rows.admission[running].argmax()]]
@@ -297,15 +297,16 @@ class Scheduler:
         """The first half of `commit`: the news. They need not wait for the second half."""
         flight = self.flying.popleft()
         assert result.step == flight.step, "steps come back in order"
-        self.rows.flying[flight.rows()] -= 1
         self._pass_on(result)
-        self._append(flight.sampled_rows(), unpack(result.tokens), result)
+        self._append(flight.sampled_rows, unpack(result.tokens), result)
         return flight
 
     def put_away(self, flight: Flight) -> Iterator[None]:
-        """The second half, to be iterated to its end: prompts go into the tree, and who has ended
-        gives back what it held. If many have, a few at a time: there may be a plan in between."""
-        rows, in_step = self.rows, flight.rows()
+        """The second half, to be iterated to its end: the step flies no more, prompts go into the
+        tree, and who has ended gives back what it held. If many have, a few at a time: there may be
+        a plan in between."""
+        rows, in_step = self.rows, flight.rows
+        rows.flying[in_step] -= 1
         for chunk in flight.chunks:
             if not rows.leaving[chunk.row]:
                 self._remember(chunk.request, chunk.end)
@@ -321,10 +322,9 @@ class Scheduler:
     def _append(self, sampled: np.ndarray, tokens: np.ndarray, result: StepResult) -> None:
         """The sampled tokens become known; requests that are complete leave."""
         rows = self.rows
-        counts = ~rows.ended[sampled]  # a preempted row's results count; an ended one's do not
-        sampled, tokens = sampled[counts], tokens[counts]
-        # With max_new_tokens = 0 the prompt's own result is not wanted either.
-        wanted = rows.known[sampled] < rows.limit[sampled]
+        # A preempted row's results count; an ended one's do not, nor, with max_new_tokens = 0, the
+        # prompt's own.
+        wanted = ~rows.ended[sampled] & (rows.known[sampled] < rows.limit[sampled])
         kept, new = sampled[wanted], tokens[wanted]
         at = rows.known[kept]
         rows.tokens[kept, at] = new
@@ -332,17 +332,18 @@ class Scheduler:
         self._generated_tokens += len(kept)
         self._outbox.add_tokens(kept, rows.handle[kept], new, result.logprobs)
 
-        stopped = (rows.stop_tokens[kept] == new[:, None]).any(axis=1)
-        for row, token in zip(kept[stopped], new[stopped], strict=True):
-            self._complete(row, "stop", int(token))
-        constrained = rows.constrained[kept] & ~stopped
-        for row, token in zip(kept[constrained], new[constrained], strict=True):
+        stopped, _ = (rows.stop_tokens[kept] == new[:, None]).nonzero()
+        for i in stopped.tolist():
+            self._complete(int(kept[i]), "stop", int(new[i]))
+        constrained = rows.constrained[kept] & ~rows.ended[kept]
+        for i in constrained.nonzero()[0].tolist():
+            row = int(kept[i])
             request = rows.request(row)
-            self._constrained.add_token(request, int(token))
+            self._constrained.add_token(request, int(new[i]))
             if rows.leaving[row]:  # it is about to be settled
                 self._take_in_token(request)
-        full = sampled[rows.known[sampled] >= rows.limit[sampled]]
-        for row in full[~rows.ended[full] & ~rows.unread[full]]:
+        full = rows.known[sampled] >= rows.limit[sampled]
+        for row in sampled[full & ~(rows.ended[sampled] | rows.unread[sampled])].tolist():
             self._complete(row, "length")
 
     def _pass_on(self, result: StepResult) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from bisect import insort
-from itertools import islice
 
 import numpy as np
 
@@ -52,7 +51,7 @@ class WaitingQueue:
 
     def candidates(self, cache: RadixCache) -> list[Request]:
         """Overdue requests, then the others in the policy's order."""
-        window = list(islice(self._queue, WINDOW))
+        window = self._queue[:WINDOW]
         overdue = [r for r in window if r.overdue_at <= self._admitted]
         if not overdue:
             return self._policy(window, cache)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
 
 import msgspec
 import numpy as np
 
-from sglang.messages import GenerateRequest, Pooling, pack
+from sglang.messages import GenerateRequest, Pooling
 from sglang.sampling_params import SamplingParams
 
 
@@ -68,12 +69,12 @@ class Limits:
         if not ids:
             raise ValueError("prompt must not be empty")
         try:
-            packed = pack(ids)
-        except (TypeError, OverflowError):  # not all are integers, or of 32 bits
+            packed = struct.pack(f"{len(ids)}i", *ids)  # twice as fast as `pack` for many
+        except (TypeError, struct.error):  # not all are integers, or of 32 bits
             raise ValueError(f"prompt token ids must be in [0, {self.vocab_size})") from None
-        if np.frombuffer(packed, dtype=np.uint32).max() >= self.vocab_size:  # or below 0
-            wrong = next(token for token in ids if not 0 <= token < self.vocab_size)
-            raise ValueError(f"prompt token ids must be in [0, {self.vocab_size}), got {wrong}")
+        largest = ids[np.frombuffer(packed, dtype=np.uint32).argmax()]  # one below 0 counts as such
+        if not 0 <= largest < self.vocab_size:
+            raise ValueError(f"prompt token ids must be in [0, {self.vocab_size}), got {largest}")
         return packed
 
     def _name_limit(self) -> str:

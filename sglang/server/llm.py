@@ -199,7 +199,7 @@ class LLM:
 
     def _encode(self, prompts: Prompts) -> list[list[int]]:
         batch: list[Any] = [prompts] if isinstance(prompts, str) else list(prompts)
-        if batch and all(isinstance(prompt, int) for prompt in batch):
+        if batch and isinstance(batch[0], int):
             batch = [batch]
         if self.tokenizer is None and any(isinstance(prompt, str) for prompt in batch):
             raise ValueError("prompts must be token ids: there is no tokenizer")

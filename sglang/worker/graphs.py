@@ -224,18 +224,19 @@ class StepGraphs:
 
     def _mixed_fields(self, step: StepArrays, size: int) -> list[Field]:
         """PrefillInputs of `size` tokens in as many rows as there may be, of which some decode."""
-        num_rows = min(size, self._max_rows)
-        decode_lens = Field(step.kv_lens[: step.num_decode], num_rows)
-        return [*self._prefill_fields(step, size, num_rows), decode_lens]
+        num_rows, d = min(size, self._max_rows), step.num_decode
+        ids = np.concatenate((np.full(d, -1, dtype=np.int32), step.prefill_ids))
+        decode_lens = Field(step.kv_lens[:d], num_rows)
+        return [*self._row_fields(step, ids, size, num_rows), decode_lens]
 
-    def _prefill_fields(
-        self, step: StepArrays, size: int, num_rows: int | None = None
+    def _prefill_fields(self, step: StepArrays, size: int) -> list[Field]:
+        """PrefillInputs of `size` tokens in few rows, none of which decodes."""
+        return self._row_fields(step, step.prefill_ids, size, min(size, self._prefill_rows))
+
+    def _row_fields(
+        self, step: StepArrays, ids: np.ndarray, size: int, num_rows: int
     ) -> list[Field]:
-        """PrefillInputs of `size` tokens in `num_rows` rows, by default few."""
-        num_rows = num_rows or min(size, self._prefill_rows)
         ends = step.q_lens.cumsum(dtype=np.int32)
-        ids = np.full(len(step.positions), -1, dtype=np.int32)
-        ids[step.num_decode :] = step.prefill_ids
         starts = np.zeros(len(ends) + 1, dtype=np.int32)
         starts[1:] = ends
         return [

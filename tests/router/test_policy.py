@@ -74,7 +74,7 @@ def hit_rate(policy: str) -> float:
         scheduler.add(GenerateRequest(handle, pack(prompt), params))
     while not scheduler.is_idle():
         plan, _ = scheduler.plan()
-        tokens = np.zeros(len(scheduler.flying[0].sampled_rows()))
+        tokens = np.zeros(len(scheduler.flying[0].sampled_rows))
         scheduler.commit(StepResult(plan.step, pack(tokens)))
     stats = scheduler.stats()
     return stats.hit_tokens / stats.prompt_tokens
