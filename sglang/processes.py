@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import importlib
 import logging
 import math
@@ -295,13 +296,17 @@ def child_main() -> None:
 
 
 def start_heartbeat() -> None:
-    """Called in a child once it is ready: from then on it must show signs of life."""
+    """Called in a child once it is ready: from then on it must show signs of life. What it has made
+    so far stays, so the garbage collector need not look at it again: in the midst of requests that
+    would take 0.03 s in a router and 0.2 s in a worker."""
 
     def beat() -> None:
         while True:
             os.write(_report_fd, _BEAT)
             time.sleep(HEARTBEAT_SECONDS)
 
+    gc.collect()
+    gc.freeze()
     if _report_fd >= 0:
         threading.Thread(target=beat, name="heartbeat", daemon=True).start()
 

@@ -76,8 +76,7 @@ class Unquantized(LinearMethod, Quantization):
         norm: RMSNorm,
         residual: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor, RowScale | None]:
-        in_one_kernel = is_few(x) or is_small(x, layer.weight)
-        if norm.is_plain and residual is None and not in_one_kernel:
+        if norm.is_plain and residual is None and not (is_few(x) or is_small(x, layer.weight)):
             return F.linear(x, layer.weight), x, row_scale(x, norm.eps)
         return super().apply_unscaled(layer, x, bias, norm, residual)
 
