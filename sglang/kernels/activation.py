@@ -30,8 +30,7 @@ def _silu_and_mul_kernel(
     scale_stride,
     eps,
     I: tl.constexpr,  # noqa: E741
-    SCALE: tl.constexpr,
-    K: tl.constexpr,  # of `load_scale`
+    K: tl.constexpr,  # of `load_scale`, or 0
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -42,7 +41,7 @@ def _silu_and_mul_kernel(
     mask = cols < I
     gate = tl.load(x_ptr + row * 2 * I + cols, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(x_ptr + row * 2 * I + I + cols, mask=mask, other=0.0).to(tl.float32)
-    if SCALE:
+    if K:
         scale = load_scale(scale_ptr, row, scale_stride, eps, K)
         gate *= scale
         up *= scale
@@ -60,7 +59,7 @@ def silu_and_mul_triton(
         grid = (num_tokens, triton.cdiv(inner, block))
         _silu_and_mul_kernel[grid](
             x.contiguous(), out, *scale_arguments(scale),
-            I=inner, SCALE=scale is not None, K=scale_inputs(scale), BLOCK=block,
+            I=inner, K=scale_inputs(scale), BLOCK=block,
             num_warps=num_warps, **pdl(x.device),
         )  # fmt: skip
     return out

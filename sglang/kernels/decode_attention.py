@@ -121,8 +121,8 @@ def decode_config(
         block_n, num_warps, num_stages = (64, 4, 2) if fill >= 1 else (64, 2, 3)
     elif fill >= 8:
         block_n, num_warps, num_stages = 32, 2, 4
-    else:  # programs so small that six fit on an SM: the begin of one hides behind the others
-        block_n, num_warps, num_stages = 32, 1, 3
+    else:  # programs so small that many fit on an SM: the begin of one hides behind the others
+        block_n, num_warps, num_stages = 32, 1, 2 if heads < 9 * sms else 3
     return DecodeConfig(
         block_n,
         num_warps,

@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 
 from sglang.kernels.activation import silu_and_mul, silu_and_mul_naive
-from sglang.kernels.row_scale import RowScale
 
 try:
     from sglang.kernels import gated_linear_hopper as hopper
@@ -14,17 +13,13 @@ except ImportError:  # Triton without Gluon, or with an older one
     hopper = None
 
 
-def gated_linear(
-    x: torch.Tensor, w: torch.Tensor, scale: RowScale | None = None
-) -> torch.Tensor:  # fmt: skip
+def gated_linear(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     """x [T, K], w [2 I, K] = (gate's rows | up's) -> silu(gate) * up, [T, I], in x's dtype. Gate
-    and up are rounded to it first, in all kernels. scale: what they are then multiplied by."""
+    and up are rounded to it first, in all kernels."""
     if hopper is not None and hopper.usable(x, w):
-        return hopper.gated_linear_hopper(x, w, None if scale is None else scale.values())
-    return silu_and_mul(F.linear(x, w), scale)
+        return hopper.gated_linear_hopper(x, w)
+    return silu_and_mul(F.linear(x, w))
 
 
-def gated_linear_naive(
-    x: torch.Tensor, w: torch.Tensor, scale: RowScale | None = None
-) -> torch.Tensor:
-    return silu_and_mul_naive(F.linear(x, w), scale)
+def gated_linear_naive(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    return silu_and_mul_naive(F.linear(x, w))

@@ -61,7 +61,6 @@ class Plan(NamedTuple):
     outputs: gl.tensor
     steps: gl.tensor
     tiles: gl.tensor
-    scales: gl.tensor
 
 
 @gluon.jit
@@ -128,29 +127,11 @@ def _chunk(packed, i: gl.constexpr, count: gl.constexpr):
 
 
 @gluon.jit
-def _scale(half: gl.constexpr, m, plan, SCALED: gl.constexpr):
-    """Of a group's tokens, [ROWS]."""
-    LAYOUT: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 16]))
-    token = m + half * ROWS + gl.arange(0, ROWS, layout=LAYOUT)
-    if SCALED:
-        return gl.load(plan.scales + token, mask=token < plan.num_tokens, other=0.0)
-    else:
-        return token.to(gl.float32)  # of no use
-
-
-@gluon.jit
-def _finish(
-    half: gl.constexpr, i: gl.constexpr, packed, scale, out, staging, m, n, SCALED: gl.constexpr
-):
+def _finish(half: gl.constexpr, i: gl.constexpr, packed, out, staging, m, n):
     """Outputs of chunk i, as `silu_and_mul` computes them, on their way out."""
     pairs = _chunk(packed, i, CHUNKS)
     gate = (pairs & 0xFFFF).to(gl.int16).to(out.dtype, bitcast=True).to(gl.float32)
     up = (pairs >> 16).to(gl.int16).to(out.dtype, bitcast=True).to(gl.float32)
-    if SCALED:
-        ROW: gl.constexpr = gl.SliceLayout(1, pairs.type.layout)
-        scale = gl.convert_layout(scale, ROW, assert_trivial=True)[:, None]
-        gate *= scale
-        up *= scale
     tile = staging.index(half * CHUNKS + i)
     tma.store_wait(CHUNKS - 1)  # the store before the last three was this chunk's: it has been read
     tile.store((gate / (1.0 + gl.exp(-gate)) * up).to(out.dtype))
@@ -159,23 +140,20 @@ def _finish(
 
 
 @gluon.jit
-def _multiply(half: gl.constexpr, out, ring, staging, plan, SCALED: gl.constexpr):
+def _multiply(half: gl.constexpr, out, ring, staging, plan):
     """Half of the tokens of each tile."""
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * BLOCK_N, 16])
     PACKED: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     packed = gl.zeros([ROWS, BLOCK_N], gl.int32, PACKED)
     old_m = plan.num_tokens  # beyond the end: nothing is stored
     old_n = 0
-    scale = _scale(half, old_m, plan, SCALED)
     turn = 0
     for tile in range(gl.program_id(0), plan.tiles, gl.num_programs(0)):
-        # Here divisions and a load are hidden behind products.
-        m, n = _tile(tile, plan)
-        next_scale = _scale(half, m, plan, SCALED)
+        m, n = _tile(tile, plan)  # here its divisions are hidden behind products
         acc = gl.zeros([ROWS, 2 * BLOCK_N], gl.float32, ACC)
         for i in gl.static_range(CHUNKS):
             acc = _multiply_stage(half, acc, ring, turn, i > 0)
-            _finish(half, i, packed, scale, out, staging, old_m, old_n, SCALED)
+            _finish(half, i, packed, out, staging, old_m, old_n)
             acc = warpgroup_mma_wait(1, deps=(acc,))
             if i > 0:
                 mbarrier.arrive(pair_stage(ring, turn - 1)[3])
@@ -188,11 +166,10 @@ def _multiply(half: gl.constexpr, out, ring, staging, plan, SCALED: gl.constexpr
         acc = warpgroup_mma_wait(0, deps=(acc,))
         mbarrier.arrive(pair_stage(ring, turn - 1)[3])
         packed = _pack(acc, out.dtype)
-        scale = next_scale
         old_m = m
         old_n = n
     for i in gl.static_range(CHUNKS):
-        _finish(half, i, packed, scale, out, staging, old_m, old_n, SCALED)
+        _finish(half, i, packed, out, staging, old_m, old_n)
     tma.store_wait(0)
 
 
@@ -201,12 +178,10 @@ def _gated_kernel(
     x,  # descriptors: of [T, K], tiles of [BLOCK_M, STEP]
     w,  # [2 I, K], tiles of [BLOCK_N, STEP]
     out,  # [T, I], tiles of [ROWS, CHUNK]
-    scales,  # float32 [T], read if SCALED
     num_tokens,
     outputs,
     steps,
     tiles,
-    SCALED: gl.constexpr,
 ):
     gdc_launch_dependents()
     gdc_wait()
@@ -214,13 +189,13 @@ def _gated_kernel(
     ring = PairRing(room_for(x, STAGES), weights, barriers(STAGES, 1), barriers(STAGES, 2))
     staging = room_for(out, 2 * CHUNKS)
     fence_async_shared()  # the barriers are there before anyone waits
-    plan = Plan(num_tokens, outputs, steps, tiles, scales)
+    plan = Plan(num_tokens, outputs, steps, tiles)
     FIRST: gl.constexpr = 0
     SECOND: gl.constexpr = 1
     gl.warp_specialize(
         [
-            (_multiply, (FIRST, out, ring, staging, plan, SCALED)),
-            (_multiply, (SECOND, out, ring, staging, plan, SCALED)),
+            (_multiply, (FIRST, out, ring, staging, plan)),
+            (_multiply, (SECOND, out, ring, staging, plan)),
             (_load, (x, w, ring, plan)),
         ],
         [4, 1],
@@ -249,9 +224,7 @@ def usable(x: torch.Tensor, w: torch.Tensor) -> bool:
     )
 
 
-def gated_linear_hopper(
-    x: torch.Tensor, w: torch.Tensor, scales: torch.Tensor | None = None
-) -> torch.Tensor:
+def gated_linear_hopper(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     """`gated_linear` of arguments that are `usable`, or of fewer tokens."""
     num_tokens, outputs = len(x), len(w) // 2
     out = torch.empty(num_tokens, outputs, dtype=x.dtype, device=x.device)
@@ -260,9 +233,7 @@ def gated_linear_hopper(
         tiles_of(x, [BLOCK_M.value, STEP.value]),
         tiles_of(w, [BLOCK_N.value, STEP.value]),
         tiles_of(out, [ROWS.value, CHUNK.value], 64),
-        x if scales is None else scales,
         num_tokens, outputs, x.shape[1] // STEP.value, tiles,
-        SCALED=scales is not None,
         num_warps=4,
         launch_pdl=True,
     )  # fmt: skip

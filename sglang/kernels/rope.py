@@ -132,8 +132,7 @@ def _rope_kernel(
     HKV: tl.constexpr,
     D: tl.constexpr,
     NORM: tl.constexpr,
-    SCALE: tl.constexpr,
-    K: tl.constexpr,  # of `load_scale`
+    K: tl.constexpr,  # of `load_scale`, or 0
     BLOCK_KV: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
@@ -186,7 +185,7 @@ def _rope_kernel(
     cos = tl.load(cos_sin_ptr + position * D + pair, mask=in_half, other=0.0)[None, :]
     sin = tl.load(cos_sin_ptr + position * D + HALF + pair, mask=in_half, other=0.0)[None, :]
     scale = 1.0
-    if SCALE:
+    if K:
         scale = load_scale(scale_ptr, token, scale_stride, scale_eps, K)
         v = (v.to(tl.float32) * scale).to(v.dtype)
         tl.store(v_at, v, mask=v_mask)
@@ -246,7 +245,6 @@ def rope_and_write_kv_triton(
         D=dim,
         NORM=q_norm is not None,
         BLOCK_KV=block_kv,
-        SCALE=scale is not None,
         K=scale_inputs(scale),
         BLOCK_Q=triton.next_power_of_2(block_kv * group),
         BLOCK_HALF=triton.next_power_of_2(dim // 2),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
+from sglang.kernels.activation import silu_and_mul
 from sglang.kernels.few_linear import few_linear, is_small
 from sglang.kernels.gated_linear import gated_linear
 from sglang.kernels.gemv import fused_linear, is_few
@@ -40,9 +41,8 @@ class Unquantized(LinearMethod, Quantization):
     def take_norm(self, layer: Linear, norm: RMSNorm) -> None:
         # float16 might not hold the outputs of tokens that are not normed, and a bias is not to be
         # scaled.
-        weight = layer.weight if layer.packed is None else None
-        if weight is not None and _is_bfloat16_on_gpu(weight) and layer.bias is None:
-            norm.move_weight_into(weight)
+        if layer.device.type == "cuda" and layer.dtype == torch.bfloat16 and layer.bias is None:
+            norm.move_weight_into(layer.weight)
 
     def apply(self, layer: Linear, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         if is_few(x):
@@ -64,8 +64,8 @@ class Unquantized(LinearMethod, Quantization):
             return fused_linear(x, layer.weight, bias, residual, norm.weight, norm.eps, gated)
         if layer.packed is None and residual is None and is_small(x, layer.weight):
             return few_linear(x, layer.weight, bias, norm.weight, norm.eps, gated), x
-        if norm.is_plain and residual is None and gated:
-            return gated_linear(x, layer.weight, row_scale(x, norm.eps)), x
+        if gated and residual is None and (scale := self._scale_of(x, norm)) is not None:
+            return silu_and_mul(F.linear(x, layer.weight), scale), x
         return super().apply_normed(layer, x, bias, norm, residual, gated)
 
     def apply_unscaled(
@@ -76,9 +76,14 @@ class Unquantized(LinearMethod, Quantization):
         norm: RMSNorm,
         residual: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor, RowScale | None]:
-        if norm.is_plain and residual is None and not (is_few(x) or is_small(x, layer.weight)):
-            return F.linear(x, layer.weight), x, row_scale(x, norm.eps)
-        return super().apply_unscaled(layer, x, bias, norm, residual)
+        scale = self._scale_of(x, norm) if residual is None else None
+        if scale is None or is_few(x) or is_small(x, layer.weight):
+            return super().apply_unscaled(layer, x, bias, norm, residual)
+        return F.linear(x, layer.weight), x, scale
+
+    def _scale_of(self, x: torch.Tensor, norm: RMSNorm) -> RowScale | None:
+        """What outputs of x without the norm are to be multiplied by, if that is the quick way."""
+        return row_scale(x, norm.eps) if norm.is_plain else None
 
     def apply_gated(
         self, layer: Linear, x: torch.Tensor, bias: torch.Tensor | None
@@ -96,10 +101,6 @@ class Unquantized(LinearMethod, Quantization):
             if bias is None:  # BLAS adds up as it goes
                 return residual.addmm_(x, layer.weight.t()), None
         return super().apply_added(layer, x, bias, residual)
-
-
-def _is_bfloat16_on_gpu(t: torch.Tensor) -> bool:
-    return t.is_cuda and t.dtype == torch.bfloat16
 
 
 def _onednn_can(dtype: torch.dtype) -> bool:

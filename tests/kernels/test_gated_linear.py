@@ -6,11 +6,9 @@ import random
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from sglang.kernels import gated_linear as dispatch
 from sglang.kernels.gated_linear import gated_linear, gated_linear_naive
-from sglang.kernels.row_scale import RowScale, row_scales
 
 from .common import assert_close, on_hopper, randn
 
@@ -42,19 +40,6 @@ def test_agrees_with_its_twin_and_with_itself(dtype: torch.dtype) -> None:
         assert_close(outs[0], expected(x, w))
         assert torch.equal(outs[0], outs[1])
         assert torch.equal(outs[0], outs[2])
-
-
-@on_hopper
-@pytest.mark.parametrize("dtype", HALVES)
-def test_tokens_may_be_scaled_after_the_product(dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    for tokens in (1, 129, 2500):
-        x, w = inputs(tokens, 512, dtype), randn(2 * 352, 512, dtype=dtype)
-        scales = row_scales(x, 1e-5)
-        normed = F.rms_norm(x.float(), (512,), eps=1e-5)
-        out = hopper.gated_linear_hopper(x, w, scales)
-        assert_close(out, gated_linear_naive(normed, w.float()).to(dtype))
-        assert torch.equal(gated_linear(x, w, RowScale(scales, 1e-5)), out) or tokens < 2048
 
 
 @on_hopper

@@ -65,7 +65,8 @@ def test_a_norm_may_come_after_the_product(tokens: int) -> None:
     moved.move_weight_into(qkv.weight)
     out, same, scale = qkv.unscaled(x, None, moved)
     assert same is x
-    assert (scale is None) == (GPU and tokens <= 16)  # those have a kernel for all of it
+    # Few have a kernel for all of it, and for many it is not worth it.
+    assert (scale is None) == ((GPU and tokens <= 16) or tokens > 512)
     assert_close(out if scale is None else scale.times(out), expected[0].to(dtype))
     norm.move_weight_into(mlp.weight)
     out, same = mlp.normed(x, None, norm, gated=True)
