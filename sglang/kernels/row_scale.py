@@ -14,8 +14,10 @@ import torch
 import triton
 import triton.language as tl
 
-MAX_TOKENS, MAX_INPUTS = 512, 2048
-"""Each program that reads a token's outputs reads the token, too: it must be short."""
+MAX_TOKENS = 512
+"""With more, it is not worth it."""
+MAX_INPUTS = 2048
+"""Nor if a token is longer: each program that reads its outputs reads it, too."""
 
 
 class RowScale(NamedTuple):
@@ -33,7 +35,7 @@ class RowScale(NamedTuple):
 
 def row_scale(x: torch.Tensor, eps: float) -> RowScale | None:
     """For the tokens x [T, K], if it is worth it."""
-    return RowScale(x, eps) if len(x) <= MAX_TOKENS and x.shape[1] <= MAX_INPUTS else None
+    return RowScale(x, eps) if len(x) <= MAX_TOKENS else None
 
 
 def scale_arguments(scale: RowScale | None) -> tuple[torch.Tensor | None, int, float]:

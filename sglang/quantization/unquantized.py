@@ -11,7 +11,7 @@ from sglang.kernels.activation import silu_and_mul
 from sglang.kernels.few_linear import few_linear, is_small
 from sglang.kernels.gated_linear import gated_linear
 from sglang.kernels.gemv import fused_linear, is_few
-from sglang.kernels.row_scale import RowScale, row_scale
+from sglang.kernels.row_scale import MAX_INPUTS, RowScale, row_scale
 from sglang.quantization.base import LinearMethod, Quantization, StoredTensor
 
 if TYPE_CHECKING:
@@ -39,9 +39,11 @@ class Unquantized(LinearMethod, Quantization):
             del layer.weight
 
     def take_norm(self, layer: Linear, norm: RMSNorm) -> None:
-        # float16 might not hold the outputs of tokens that are not normed, and a bias is not to be
-        # scaled.
-        if layer.device.type == "cuda" and layer.dtype == torch.bfloat16 and layer.bias is None:
+        # float16 might not hold the outputs of tokens that are not normed, a bias is not to be
+        # scaled, and with several ranks the norm has a sum to make anyway.
+        fits = layer.dtype == torch.bfloat16 and layer.bias is None
+        is_quicker = layer.in_features <= MAX_INPUTS and layer.parts[0].shard.size == 1
+        if layer.device.type == "cuda" and fits and is_quicker:
             norm.move_weight_into(layer.weight)
 
     def apply(self, layer: Linear, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
