@@ -27,7 +27,7 @@ import triton
 from kernel_cases import copies
 from kernels import seconds_per_call
 
-from sglang.kernels import int4, int4_gemv, w8a8_gemv
+from sglang.kernels import int4, int4_gemv, one_token, w8a8_gemv
 from sglang.kernels import quant_w8a8 as w8a8
 from sglang.kernels.int4_weight import Int4Weight, pack_scales
 from sglang.kernels.quant_tokens import quantize_tokens, quantize_tokens_naive
@@ -137,7 +137,7 @@ def candidates(method: str, shape: Shape, tokens: int) -> list:
     if method == "int4":
         if tokens == 1:
             found += [
-                int4_gemv.Int4GemvConfig(rows, warps, per_sm)
+                one_token.OneTokenConfig(rows, warps, per_sm)
                 for rows, warps, per_sm in (
                     [(4, 4, 4), (4, 4, 3), (4, 4, 2), (2, 4, 4), (2, 4, 3), (4, 2, 6)]
                     if shape.k <= 8192
@@ -157,7 +157,7 @@ def candidates(method: str, shape: Shape, tokens: int) -> list:
         return found + (["dequantize"] if tokens >= 64 else [])
     if tokens == 1:
         found += [
-            w8a8_gemv.W8GemvConfig(rows, warps, per_sm)
+            one_token.OneTokenConfig(rows, warps, per_sm)
             for rows, warps, per_sm in [(4, 8, 2), (4, 8, 3), (4, 4, 4), (2, 8, 4), (2, 8, 2)]
         ]
     tiles = {

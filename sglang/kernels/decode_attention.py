@@ -172,15 +172,13 @@ def _load_tile(
 
 
 @triton.jit
-def _count_splits(
-    lens_ptr, row, num_rows,
-    WINDOW: tl.constexpr, SPLIT_TOKENS: tl.constexpr, MAX_SPLITS: tl.constexpr,
+def _num_splits(
+    kv_len, WINDOW: tl.constexpr, SPLIT_TOKENS: tl.constexpr, MAX_SPLITS: tl.constexpr
 ):  # fmt: skip
-    """Of rows. The last ones of a row may be without tokens."""
-    lens = tl.load(lens_ptr + row, mask=row < num_rows, other=0)
+    """Of a row, or of rows. A row's last ones may be without tokens."""
     if WINDOW > 0:
-        lens = tl.minimum(lens, WINDOW)
-    return tl.minimum(tl.cdiv(lens, SPLIT_TOKENS), MAX_SPLITS)
+        kv_len = tl.minimum(kv_len, WINDOW)
+    return tl.minimum(tl.cdiv(kv_len, SPLIT_TOKENS), MAX_SPLITS)
 
 
 # What varies from step to step, alignment included, must not compile a kernel anew.
@@ -245,17 +243,19 @@ def _decode_kernel(
     tile_dtype: tl.constexpr = tl.float16 if PAIRS else dtype
 
     r = tl.arange(0, ROWS_PADDED)
-    counts = _count_splits(lens_ptr, r, num_rows, WINDOW, SPLIT_TOKENS, MAX_SPLITS)
+    lens = tl.load(lens_ptr + r, mask=r < num_rows, other=0)
+    counts = _num_splits(lens, WINDOW, SPLIT_TOKENS, MAX_SPLITS)
     for item in tl.range(tl.program_id(1), tl.sum(counts, 0), tl.num_programs(1)):
         # Counted again: to keep the counts would take registers from what follows.
-        counts = _count_splits(lens_ptr, r, num_rows, WINDOW, SPLIT_TOKENS, MAX_SPLITS)
+        lens = tl.load(lens_ptr + r, mask=r < num_rows, other=0)
+        counts = _num_splits(lens, WINDOW, SPLIT_TOKENS, MAX_SPLITS)
         i = tl.sum((tl.cumsum(counts, 0) <= item).to(tl.int32), 0)
         split = item - tl.sum(tl.where(r < i, counts, 0), 0)
         kv_len = tl.load(lens_ptr + i)
         first = 0
         if WINDOW > 0:
             first = tl.maximum(kv_len - WINDOW, 0)
-        splits = tl.minimum(tl.cdiv(kv_len - first, SPLIT_TOKENS), MAX_SPLITS)
+        splits = _num_splits(kv_len, WINDOW, SPLIT_TOKENS, MAX_SPLITS)
         size = tl.cdiv(tl.cdiv(kv_len - first, splits), BLOCK_N) * BLOCK_N
         start = first + split * size
         end = tl.minimum(start + size, kv_len)

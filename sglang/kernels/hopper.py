@@ -19,6 +19,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from sglang.kernels import launch
+
 # In Triton 3.9 they are `async_load` and `async_store`.
 load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 store_tile = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
@@ -30,7 +32,7 @@ def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
         return 0
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    return torch.cuda.get_device_properties(device).multi_processor_count * (version >= (3, 6))
+    return launch.multiprocessors(device) * (version >= (3, 6))
 
 
 def tiles_of(t: torch.Tensor, block: list[int], swizzle: int = 128) -> TensorDescriptor:

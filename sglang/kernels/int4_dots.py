@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 
 from sglang.kernels.int4_weight import scale_and_zero
+from sglang.kernels.one_token import columns, on_diagonal
 
 # A word of weights from each half of a tile, times the inputs of its bytes.
 #   $0-$3, $4-$7    sums of the low and of the high nibbles: two columns of a row of the first half,
@@ -76,26 +77,10 @@ _CONSTRAINTS = tl.constexpr(",".join(["=&f"] * 8 + ["r"] * 6 + ["f"] * 8))
 
 
 @triton.jit
-def _columns(t):
-    """[..., 1, 2 or 4] -> so many tensors [...]."""
-    COUNT: tl.constexpr = t.shape[-1]
-    if COUNT == 1:
-        return (t.reshape(t.shape[:-1]),)
-    elif COUNT == 2:
-        return tl.split(t)
-    else:
-        SHAPE: tl.constexpr = t.shape[:-1]
-        even, odd = tl.split(t.reshape(SHAPE + [2, 2]))  # noqa: RUF005 (for Triton)
-        a, c = tl.split(even)
-        b, d = tl.split(odd)
-        return a, b, c, d
-
-
-@triton.jit
 def _eight(x):
     """[C, 8] -> eight tensors [C]."""
     first, second = tl.split(x.reshape(x.shape[0], 2, 4).permute(0, 2, 1))
-    return _columns(first) + _columns(second)
+    return columns(first) + columns(second)
 
 
 @triton.jit
@@ -104,7 +89,7 @@ def _pairs(x):
     bits = x.to(tl.uint16, bitcast=True).to(tl.uint32).reshape(x.shape[0], 2, 2, 2)
     first, second = tl.split(bits.permute(0, 1, 3, 2))
     pairs = (first | second << 16).to(tl.int32, bitcast=True)
-    return _columns(pairs.reshape(x.shape[0], 4))
+    return columns(pairs.reshape(x.shape[0], 4))
 
 
 @triton.jit
@@ -130,10 +115,10 @@ def prepare(x, norm_scale, UNIT: tl.constexpr, DTYPE: tl.constexpr, TENSOR: tl.c
 def _rows(chunks):
     """From _load_chunks: (its words, its scales), four tensors [C] each, of each row."""
     words, scales = chunks
-    a, b, c, d = _columns(words)
-    a, b, c, d = _columns(a), _columns(b), _columns(c), _columns(d)
-    s, t = _columns(scales[0]), _columns(scales[1])
-    u, v = _columns(scales[2]), _columns(scales[3])
+    a, b, c, d = columns(words)
+    a, b, c, d = columns(a), columns(b), columns(c), columns(d)
+    s, t = columns(scales[0]), columns(scales[1])
+    u, v = columns(scales[2]), columns(scales[3])
     rows = ()
     for r in tl.static_range(len(a)):
         rows += (((a[r], b[r], c[r], d[r]), (s[r], t[r], u[r], v[r])),)
@@ -170,15 +155,11 @@ def _dots(first, second, x, DTYPE: tl.constexpr, TENSOR: tl.constexpr):
                 is_pure=False,
                 pack=1,
             )
-        # The lane t of the quad g has the columns 2 t and 2 t + 1 of the row g.
-        lane = tl.arange(0, zero.shape[0]) % 32
-        even = lane // 4 == lane % 4 * 2
-        odd = lane // 4 == lane % 4 * 2 + 1
         return (
-            tl.where(odd, sums[1], tl.where(even, sums[0], 0.0)),
-            tl.where(odd, sums[3], tl.where(even, sums[2], 0.0)),
-            tl.where(odd, sums[5], tl.where(even, sums[4], 0.0)),
-            tl.where(odd, sums[7], tl.where(even, sums[6], 0.0)),
+            on_diagonal(sums[0], sums[1]),
+            on_diagonal(sums[2], sums[3]),
+            on_diagonal(sums[4], sums[5]),
+            on_diagonal(sums[6], sums[7]),
         )
     else:
         low, high = _dot_naive(first, x)
@@ -247,43 +228,3 @@ def plus(a, b):
     for i in tl.static_range(len(a)):
         sums += (a[i] + b[i],)
     return sums
-
-
-@triton.jit
-def _merge(rows, BIT: tl.constexpr):
-    """Tensors [C], a power of two of them -> half as many. Lanes without BIT in their number go on
-    with the first ones, others with the rest: each with its own and its partner's."""
-    LEFT: tl.constexpr = len(rows) // 2
-    up = tl.arange(0, rows[0].shape[0]) & BIT != 0
-    merged = ()
-    for i in tl.static_range(LEFT):
-        other = tl.inline_asm_elementwise(
-            "shfl.sync.bfly.b32 $0, $1, $2, 31, -1;",
-            "=f,f,r",
-            [tl.where(up, rows[i], rows[i + LEFT]), BIT],
-            dtype=tl.float32,
-            is_pure=False,
-            pack=1,
-        )
-        merged += (tl.where(up, rows[i + LEFT], rows[i]) + other,)
-    return merged
-
-
-@triton.jit
-def add_up(rows, TENSOR: tl.constexpr):
-    """2, 4 or 8 tensors [C] -> [2, 4 or 8], the sum of each."""
-    COUNT: tl.constexpr = len(rows)
-    C: tl.constexpr = rows[0].shape[0]
-    if TENSOR:
-        # With each step lanes have half as many rows to add up.
-        rows = _merge(rows, 16)
-        if COUNT > 2:
-            rows = _merge(rows, 8)
-        if COUNT > 4:
-            rows = _merge(rows, 4)
-        return tl.sum(tl.sum(rows[0].reshape(C // 32, COUNT, 32 // COUNT), 2), 0)
-    else:
-        out = tl.zeros([COUNT], tl.float32)
-        for i in tl.static_range(COUNT):
-            out = tl.where(tl.arange(0, COUNT) == i, tl.sum(rows[i]), out)
-        return out

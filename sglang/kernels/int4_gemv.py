@@ -10,17 +10,16 @@ adds up the sums of this one.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
 from sglang.kernels.gemv import fused_linear_naive
-from sglang.kernels.int4_dots import add_up, plus, prepare, times
+from sglang.kernels.int4_dots import plus, prepare, times
 from sglang.kernels.int4_weight import Int4Weight, dequantize_int4_naive
-from sglang.kernels.launch import launch_next, multiprocessors, pdl, wait_for_previous
+from sglang.kernels.launch import launch_next, pdl, wait_for_previous
+from sglang.kernels.one_token import OneTokenConfig, add_up, store_outputs
 
 MAX_TOKENS = 1
 """With more, tensor cores are quicker that have them all as columns."""
@@ -56,30 +55,21 @@ def int4_fused_linear_naive(
     return fused_linear_naive(x, weight, bias, residual, norm, eps, gated)
 
 
-@dataclass(frozen=True)
-class Int4GemvConfig:
-    rows: int
-    """1, 2 or 4, of each half of a tile. If gated, the halves are gates and their ups."""
-    num_warps: int
-    per_sm: int
-    """Programs on a multiprocessor, which share the tiles."""
-
-
-def choose_config(num_inputs: int, group_size: int) -> Int4GemvConfig:
+def choose_config(num_inputs: int, group_size: int) -> OneTokenConfig:
     """Measured on an H200 at the shapes of Llama-2-7B, in a chain as in a decoder, whatever the
     number of rows. Other shapes get what keeps as much under way with as many registers: all of a
     tile has to be in them, and small groups take more."""
     if group_size % 128:
         if num_inputs <= 4096:
-            return Int4GemvConfig(rows=4, num_warps=4, per_sm=2)
+            return OneTokenConfig(rows=4, num_warps=4, per_sm=2)
         rows = 4 if num_inputs <= 8192 else 2 if num_inputs <= 16384 else 1
-        return Int4GemvConfig(rows, num_warps=8, per_sm=1)
+        return OneTokenConfig(rows, num_warps=8, per_sm=1)
     if num_inputs <= 8192:
         num_warps = 2 if num_inputs <= 2048 else 4 if num_inputs <= 4096 else 8
-        return Int4GemvConfig(4, num_warps, per_sm=16 // num_warps)
+        return OneTokenConfig(4, num_warps, per_sm=16 // num_warps)
     if num_inputs <= 14336:
-        return Int4GemvConfig(rows=2, num_warps=4, per_sm=3 if num_inputs < 12288 else 2)
-    return Int4GemvConfig(rows=2 if num_inputs <= 32768 else 1, num_warps=8, per_sm=1)
+        return OneTokenConfig(rows=2, num_warps=4, per_sm=3 if num_inputs < 12288 else 2)
+    return OneTokenConfig(rows=2 if num_inputs <= 32768 else 1, num_warps=8, per_sm=1)
 
 
 @triton.jit
@@ -235,17 +225,7 @@ def _int4_gemv_kernel(
                     words_ptr, scales_ptr, tile + PROGRAMS, N, K, GROUP, GATED, R, C, PARTS
                 )
         out = add_up(sums, TENSOR) * (1.0 / UNIT)
-        at = tl.arange(0, 2 * R)
-        n = tile * R + at % R if GATED else tile * (2 * R) + at
-        if BIAS:
-            row = n + at // R * OUTPUTS if GATED else n
-            out += tl.load(bias_ptr + row, mask=n < OUTPUTS, other=0.0).to(tl.float32)
-        out = out.to(DTYPE)
-        if GATED:
-            gate, up = tl.split(out.to(tl.float32).reshape(2, R).permute(1, 0))
-            out = (gate / (1.0 + tl.exp(-gate)) * up).to(DTYPE)
-            n = tile * R + tl.arange(0, R)
-        tl.store(out_ptr + token * OUTPUTS + n, out, mask=n < OUTPUTS)
+        store_outputs(out, bias_ptr, out_ptr + token * OUTPUTS, tile, OUTPUTS, BIAS, GATED, R)
 
 
 def int4_fused_linear_triton(
@@ -256,7 +236,7 @@ def int4_fused_linear_triton(
     norm: torch.Tensor | None = None,
     eps: float = 0.0,
     gated: bool = False,
-    config: Int4GemvConfig | None = None,
+    config: OneTokenConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     (num_tokens, num_inputs), num_rows = x.shape, w.packed.shape[0]
     config = config or choose_config(num_inputs, w.group_size)
@@ -265,11 +245,9 @@ def int4_fused_linear_triton(
     total = x if residual is None else torch.empty_like(x, memory_format=torch.contiguous_format)
     if num_tokens == 0:
         return out, total
-    tiles = triton.cdiv(num_rows, 2 * config.rows)
-    programs = min(tiles, config.per_sm * multiprocessors(x.device))
-    lanes = 32 * config.num_warps
+    cut = config.cut(x.device, num_rows, triton.cdiv(num_inputs, CHUNK))
     interpreted = isinstance(_int4_gemv_kernel, InterpretedFunction)
-    _int4_gemv_kernel[(num_tokens, programs)](
+    _int4_gemv_kernel[(num_tokens, cut["PROGRAMS"])](
         x, residual, norm, w.packed.view(torch.int32), w.scales, bias, out, total,
         x.stride(0), 0 if residual is None else residual.stride(0), eps,
         N=num_rows,
@@ -280,14 +258,7 @@ def int4_fused_linear_triton(
         BIAS=bias is not None,
         GATED=gated,
         TENSOR=x.dtype.itemsize == 2 and not interpreted,
-        R=config.rows,
-        TILES=tiles,
-        PROGRAMS=programs,
-        C=lanes,
-        PARTS=triton.cdiv(triton.cdiv(num_inputs, CHUNK), lanes),
-        num_warps=config.num_warps,
-        # All programs of a multiprocessor are to be there at once.
-        maxnreg=min(65536 // (lanes * config.per_sm) // 8 * 8, 255),
+        **cut,
         **pdl(x.device),
     )  # fmt: skip
     return out, total

@@ -16,6 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from sglang.kernels.one_token import columns, on_diagonal
 from sglang.kernels.quant_tokens import round_to
 
 # Words of a row of each half of a tile, times their inputs.
@@ -60,15 +61,6 @@ def as_stored(x, DTYPE: tl.constexpr, TENSOR: tl.constexpr):
 
 
 @triton.jit
-def _four(t):
-    """[C, 4] -> four tensors [C]."""
-    even, odd = tl.split(t.reshape(t.shape[0], 2, 2))
-    a, c = tl.split(even)
-    b, d = tl.split(odd)
-    return a, b, c, d
-
-
-@triton.jit
 def _joined(x, BITS: tl.constexpr):
     """uint32 [C, n] -> [C, n / 2], two neighbours in one number."""
     low, high = tl.split(x.reshape(x.shape[0], x.shape[1] // 2, 2))
@@ -85,7 +77,7 @@ def prepare(x, scale, FORMAT: tl.constexpr, LARGEST: tl.constexpr):
         return tl.split(words.to(tl.int32, bitcast=True))
     else:
         halves = q.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32)
-        return _four(_joined(halves, 16).to(tl.int32, bitcast=True))
+        return columns(_joined(halves, 16).to(tl.int32, bitcast=True))
 
 
 @triton.jit
@@ -108,7 +100,7 @@ def _times_naive(words, x, INT8: tl.constexpr):
 def times(first, second, x, sums, INT8: tl.constexpr, TENSOR: tl.constexpr):
     """A chunk of a row of each half of a tile, int32 [C, 4], times its inputs, added to `sums`,
     from `zeros` or here."""
-    a, b = _four(first), _four(second)
+    a, b = columns(first), columns(second)
     if not TENSOR:
         sums = (
             sums[0] + _times_naive(a, x, INT8),
@@ -151,10 +143,6 @@ def diagonal(sums, TENSOR: tl.constexpr):
     """From `times` -> float32 [C] of the row of each half, to be added up."""
     first, second = sums[0].to(tl.float32), sums[2].to(tl.float32)
     if TENSOR:
-        # The lane t of the quad g has the columns 2 t and 2 t + 1 of the row g.
-        lane = tl.arange(0, first.shape[0]) % 32
-        even = lane // 4 == lane % 4 * 2
-        odd = lane // 4 == lane % 4 * 2 + 1
-        first = tl.where(odd, sums[1].to(tl.float32), tl.where(even, first, 0.0))
-        second = tl.where(odd, sums[3].to(tl.float32), tl.where(even, second, 0.0))
+        first = on_diagonal(first, sums[1].to(tl.float32))
+        second = on_diagonal(second, sums[3].to(tl.float32))
     return first, second

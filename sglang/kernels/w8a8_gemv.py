@@ -9,17 +9,15 @@ inputs once, and loads the next tile before it adds up the sums of this one.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
 from sglang.kernels.activation import silu_and_mul_naive
-from sglang.kernels.int4_dots import add_up
-from sglang.kernels.launch import launch_next, multiprocessors, pdl, wait_for_previous
+from sglang.kernels.launch import launch_next, pdl, wait_for_previous
 from sglang.kernels.norm import rms_norm_naive
+from sglang.kernels.one_token import OneTokenConfig, add_up, store_outputs
 from sglang.kernels.quant_tokens import LARGEST, quantize_tokens_naive
 from sglang.kernels.quant_w8a8 import scaled_matmul_naive
 from sglang.kernels.w8a8_dots import as_stored, diagonal, prepare, times, zeros
@@ -76,30 +74,21 @@ def w8a8_fused_linear_naive(
     return silu_and_mul_naive(out) if gated else out, total
 
 
-@dataclass(frozen=True)
-class W8GemvConfig:
-    rows: int
-    """1, 2 or 4, of each half of a tile. If gated, the halves are gates and their ups."""
-    num_warps: int
-    per_sm: int
-    """Programs on a multiprocessor, which share the tiles."""
-
-
-def choose_config(num_inputs: int, num_rows: int) -> W8GemvConfig:
+def choose_config(num_inputs: int, num_rows: int) -> OneTokenConfig:
     """Measured on an H200 at the shapes of Llama-2-7B, in a chain as in a decoder. Others get what
     keeps as much under way: all of a tile has to be in registers, with the inputs of a row."""
     if num_inputs <= 2048:
         num_warps = 2 if num_inputs <= 1024 else 4
-        return W8GemvConfig(4, num_warps, per_sm=16 // num_warps)
+        return OneTokenConfig(4, num_warps, per_sm=16 // num_warps)
     if num_inputs <= 4096 and num_rows > 8192:
         if num_rows > 16384:
-            return W8GemvConfig(4, num_warps=8, per_sm=3)
-        return W8GemvConfig(4, num_warps=4, per_sm=4)
+            return OneTokenConfig(4, num_warps=8, per_sm=3)
+        return OneTokenConfig(4, num_warps=4, per_sm=4)
     if num_inputs <= 8192:
-        return W8GemvConfig(4, num_warps=8, per_sm=2)
+        return OneTokenConfig(4, num_warps=8, per_sm=2)
     if num_inputs <= 12288:
-        return W8GemvConfig(2, num_warps=8, per_sm=2)
-    return W8GemvConfig(2 if num_inputs <= 16384 else 1, num_warps=16, per_sm=1)
+        return OneTokenConfig(2, num_warps=8, per_sm=2)
+    return OneTokenConfig(2 if num_inputs <= 16384 else 1, num_warps=16, per_sm=1)
 
 
 @triton.jit
@@ -244,17 +233,7 @@ def _w8a8_gemv_kernel(
                     weight_ptr, scale_ptr, tile + PROGRAMS, N, WIDTH, GATED, R, C, PARTS
                 )
         out = add_up(firsts + seconds, TENSOR) * scale
-        at = tl.arange(0, 2 * R)
-        n = tile * R + at % R if GATED else tile * (2 * R) + at
-        if BIAS:
-            row = _rows_of(tile, at, N, GATED, R)
-            out += tl.load(bias_ptr + row).to(tl.float32)
-        out = out.to(DTYPE)
-        if GATED:
-            gate, up = tl.split(out.to(tl.float32).reshape(2, R).permute(1, 0))
-            out = (gate / (1.0 + tl.exp(-gate)) * up).to(DTYPE)
-            n = tile * R + tl.arange(0, R)
-        tl.store(out_ptr + token * OUTPUTS + n, out, mask=n < OUTPUTS)
+        store_outputs(out, bias_ptr, out_ptr + token * OUTPUTS, tile, OUTPUTS, BIAS, GATED, R)
 
 
 def w8a8_fused_linear_triton(
@@ -266,7 +245,7 @@ def w8a8_fused_linear_triton(
     norm: torch.Tensor | None = None,
     eps: float = 0.0,
     gated: bool = False,
-    config: W8GemvConfig | None = None,
+    config: OneTokenConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     (num_tokens, num_inputs), num_rows = x.shape, weight.shape[0]
     if num_inputs % CHUNK:
@@ -277,11 +256,9 @@ def w8a8_fused_linear_triton(
     total = x if residual is None else torch.empty_like(x, memory_format=torch.contiguous_format)
     if num_tokens == 0:
         return out, total
-    tiles = triton.cdiv(num_rows, 2 * config.rows)
-    programs = min(tiles, config.per_sm * multiprocessors(x.device))
-    lanes = 32 * config.num_warps
+    cut = config.cut(x.device, num_rows, triton.cdiv(num_inputs, CHUNK))
     interpreted = isinstance(_w8a8_gemv_kernel, InterpretedFunction)
-    _w8a8_gemv_kernel[(num_tokens, programs)](
+    _w8a8_gemv_kernel[(num_tokens, cut["PROGRAMS"])](
         x, residual, norm, weight.view(torch.int32), scales, bias, out, total,
         x.stride(0), 0 if residual is None else residual.stride(0), eps,
         N=num_rows,
@@ -293,14 +270,7 @@ def w8a8_fused_linear_triton(
         BIAS=bias is not None,
         GATED=gated,
         TENSOR=x.dtype.itemsize == 2 and not interpreted,
-        R=config.rows,
-        TILES=tiles,
-        PROGRAMS=programs,
-        C=lanes,
-        PARTS=triton.cdiv(triton.cdiv(num_inputs, CHUNK), lanes),
-        num_warps=config.num_warps,
-        # All programs of a multiprocessor are to be there at once.
-        maxnreg=min(65536 // (lanes * config.per_sm) // 8 * 8, 255),
+        **cut,
         **pdl(x.device),
     )  # fmt: skip
     return out, total

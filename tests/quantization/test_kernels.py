@@ -9,11 +9,7 @@ import torch
 
 from sglang.kernels import int4, quant_tokens
 from sglang.kernels import quant_w8a8 as w8a8
-from sglang.kernels.int4_gemv import (
-    Int4GemvConfig,
-    int4_fused_linear_naive,
-    int4_fused_linear_triton,
-)
+from sglang.kernels.int4_gemv import int4_fused_linear_naive, int4_fused_linear_triton
 from sglang.kernels.int4_weight import (
     Int4Weight,
     dequantize_int4_naive,
@@ -22,12 +18,9 @@ from sglang.kernels.int4_weight import (
     unpack_int4,
     unpack_scales,
 )
+from sglang.kernels.one_token import OneTokenConfig
 from sglang.kernels.quant_tokens import quantize_tokens
-from sglang.kernels.w8a8_gemv import (
-    W8GemvConfig,
-    w8a8_fused_linear_naive,
-    w8a8_fused_linear_triton,
-)
+from sglang.kernels.w8a8_gemv import w8a8_fused_linear_naive, w8a8_fused_linear_triton
 from tests.kernels.common import DEVICE, DTYPES, GPU, assert_close, randn, random_int4, seeds
 
 
@@ -73,7 +66,7 @@ def test_int4_of_one_token(seed):
     expected = int4_fused_linear_naive(x, w, *around)
     for config in (
         None,
-        Int4GemvConfig(rng.choice([1, 2, 4]), rng.choice([1, 4]), rng.choice([1, 3])),
+        OneTokenConfig(rng.choice([1, 2, 4]), rng.choice([1, 4]), rng.choice([1, 3])),
     ):
         actual = int4_fused_linear_triton(x, w, *around, config)
         assert_alike(actual[0], expected[0])
@@ -197,7 +190,7 @@ def test_8_bit_products_of_one_token(seed, format):
     expected = w8a8_fused_linear_naive(x, weight, scales, *around)
     for config in (
         None,
-        W8GemvConfig(rng.choice([1, 2, 4]), rng.choice([1, 2]), rng.choice([1, 2])),
+        OneTokenConfig(rng.choice([1, 2, 4]), rng.choice([1, 2]), rng.choice([1, 2])),
     ):
         actual = w8a8_fused_linear_triton(x, weight, scales, *around, config)
         # What is near a tie may be rounded otherwise.
