@@ -55,7 +55,7 @@ def columns(t):
 
 @triton.jit
 def on_diagonal(even, odd):
-    """Columns 2 t and 2 t + 1, [C] each, in the lane t of each quad -> the quad's own one, in one of
+    """Columns 2 t and 2 t + 1, [C] each, in the lane t of a quad -> the quad's own one, in one of
     its lanes, and 0 in the others."""
     lane = tl.arange(0, even.shape[0]) % 32
     own = tl.where(lane // 4 == lane % 4 * 2, even, 0.0)
