@@ -55,8 +55,9 @@ class AttentionBackend(ABC):
         for what the host must make of the rows' lengths, int32 [n]. Rows n... are padding."""
 
     def begin(self, batch: Batch) -> None:  # noqa: B027
-        """Once a step, before its first layer: what all layers share is prepared here. In a CUDA
-        graph, what it launches is captured."""
+        """Once a step, before its first layer, and again if the last layer goes on with other
+        queries: what layers share is prepared here. In a CUDA graph, what it launches is captured.
+        """
 
     @abstractmethod
     def forward(
@@ -72,6 +73,7 @@ class AttentionBackend(ABC):
     ) -> torch.Tensor:
         """q [T, Hq, D] and the same tokens' k, v [T, Hkv, D], with their heads contiguous, and one
         layer's caches [S, Hkv, D], where k and v have been put already -> [T, Hq D], in q's dtype.
+        Of decode rows, k and v are read there only.
 
         A token sees the tokens of its row up to itself, the last `window` of them if window is not
         0. Rows of padding give anything.

@@ -59,9 +59,11 @@ class Attention(nn.Module):
         positions: torch.Tensor,
         cos_sin: torch.Tensor,
         batch: Batch,
+        is_last: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """x, residual [T, H] -> summands of x + residual + attention of norm(x + residual); the
-        tokens' K and V go into batch.kv_cache."""
+        tokens' K and V go into batch.kv_cache. In the last layer, the summands of tokens batch.last
+        only, if it is given."""
         qkv, residual, scale = self.qkv_proj.unscaled(x, residual, norm)
         k_cache, v_cache = batch.kv_cache.k[self.layer], batch.kv_cache.v[self.layer]
         q, k, v = rope_and_write_kv(
@@ -71,5 +73,9 @@ class Attention(nn.Module):
             None if self.k_norm is None else self.k_norm.weight,
             self.eps, scale,
         )  # fmt: skip
+        if is_last and batch.last is not None:
+            q, residual = (x.index_select(0, batch.last) for x in (q, residual))
+            batch = batch.of_last_tokens()
+            batch.attention.begin(batch)
         out = batch.attention.forward(q, k, v, k_cache, v_cache, batch, self.scale, self.window)
         return self.o_proj.added(out, residual)

@@ -82,10 +82,12 @@ class DecoderLayer(nn.Module):
         positions: torch.Tensor,
         cos_sin: torch.Tensor,
         batch: Batch,
+        is_last: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The layer's input is x + residual, [T, H]; so is what it returns. No residual is zero."""
+        """The layer's input is x + residual, [T, H]; so is what it returns. No residual is zero.
+        The last layer returns what it makes of tokens batch.last only, if they are given."""
         norm = self.input_layernorm
-        x, residual = self.self_attn(x, residual, norm, positions, cos_sin, batch)
+        x, residual = self.self_attn(x, residual, norm, positions, cos_sin, batch, is_last)
         return self.mlp(x, residual, self.post_attention_layernorm)
 
 
@@ -135,10 +137,12 @@ class Decoder(nn.Module):
     def forward(
         self, input_ids: torch.Tensor, positions: torch.Tensor, batch: Batch
     ) -> torch.Tensor:
-        """int32 [T], int32 [T] -> hidden states [T, H] after the final norm."""
+        """int32 [T], int32 [T] -> hidden states [T, H] after the final norm, or [n, H] of tokens
+        batch.last if these are given: K and V are all that the last layer makes of the others."""
         x, residual = self.embed_tokens(input_ids), None
+        *_, last = self.layers
         for layer in self.layers:
-            x, residual = layer(x, residual, positions, self.cos_sin, batch)
+            x, residual = layer(x, residual, positions, self.cos_sin, batch, layer is last)
         return self.norm(x, residual)[0]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -38,9 +38,29 @@ class Batch:
     """An upper bound of a prefill row's new tokens, known on the host."""
     attention: AttentionBackend
     kv_cache: KVPool
+    last: torch.Tensor | None = None
+    """[n], the rows' last tokens, if the hidden states of no others are wanted."""
     decode_lens: torch.Tensor | None = None
     """[n], in a CUDA graph for any mixture of rows (num_decode is 0): kv_lens of the rows that
     decode, 0 of the others, while kv_lens is 0 of those that decode. Row i's token is token i."""
     q_lens_host: np.ndarray | None = None
     kv_lens_host: np.ndarray | None = None
     """Copies of the row lengths, [n], known without a sync; None while a graph is captured."""
+
+    def of_last_tokens(self) -> Batch:
+        """The rows as attention sees them in a step that decodes: `last` are its tokens, whose K and
+        V have been written. What is used before attention is left out."""
+        used = self.rows[:0]
+        return replace(
+            self,
+            num_decode=len(self.rows),
+            input_ids=used,
+            positions=used,
+            slots=used,
+            kv_lens=self.kv_lens if self.decode_lens is None else self.kv_lens + self.decode_lens,
+            q_starts=self.rows[:1],  # no prefill rows
+            max_q_len=1,
+            last=None,
+            decode_lens=None,
+            q_lens_host=None if self.q_lens_host is None else np.ones_like(self.q_lens_host),
+        )

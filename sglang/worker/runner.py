@@ -154,7 +154,7 @@ class ModelRunner:
         graphs = None if scored or pooled else self.graphs  # a graph has no hidden states
         outputs = graphs.replay(step) if graphs is not None else None
         if outputs is None:
-            tokens, logprobs, hidden = self._run(step)
+            tokens, logprobs, hidden = self._run(step, of_all_tokens=bool(scored or pooled))
             return self._send_home(
                 plan.step,
                 tokens,
@@ -177,19 +177,24 @@ class ModelRunner:
             cached_at, slots = self._to_device(step.cached_at, step.cached_slots)
             self.rows.slot_table.view(-1).index_copy_(0, cached_at.long(), slots)
 
-    def _run(self, step: StepArrays) -> tuple[torch.Tensor, RowLogprobs | None, torch.Tensor]:
-        """A step without a graph -> (tokens, logprobs, hidden states [T, H])."""
+    def _run(
+        self, step: StepArrays, of_all_tokens: bool
+    ) -> tuple[torch.Tensor, RowLogprobs | None, torch.Tensor]:
+        """A step without a graph -> (tokens, logprobs, hidden states of all tokens or of each row's
+        last)."""
         d, rows = step.num_decode, self.rows
         starts = np.zeros(len(step.rows) - d + 1, dtype=np.int32)
         np.cumsum(step.q_lens[d:], out=starts[1:])
         sampled = step.rows[step.sample_of]
         sampled_lens = step.kv_lens[step.sample_of]
+        last_at = step.q_lens.cumsum(dtype=np.int32) - 1
+        sample_at = step.sample_at if of_all_tokens else step.sample_of
         (
-            row_ids, kv_lens, positions, slots, prefill_ids, q_starts, grown_at,
+            row_ids, kv_lens, positions, slots, prefill_ids, q_starts, grown_at, last,
             sample_at, sample_rows, sample_positions, params,
         ) = self._to_device(
             step.rows, step.kv_lens, step.positions, step.slots, step.prefill_ids, starts,
-            step.grown_at, step.sample_at, sampled, sampled_lens,
+            step.grown_at, last_at, sample_at, sampled, sampled_lens,
             step.params[:, step.sample_of].reshape(-1),
         )  # fmt: skip
         rows.slot_table.view(-1).index_copy_(0, grown_at.long(), slots)
@@ -211,16 +216,16 @@ class ModelRunner:
                 max_q_len=int(step.q_lens.max()),
                 attention=self.attention,
                 kv_cache=self.kv_cache,
+                last=None if of_all_tokens or d == len(last_at) else last,
                 q_lens_host=step.q_lens,
                 kv_lens_host=step.kv_lens,
             )
         )
         if len(sampled) == 0:
             return sample_rows, None, hidden
-        last = hidden if len(sampled) == len(hidden) else hidden.index_select(0, sample_at)
         params = params.view(NUM_PARAMS, -1)
         head, logprobs = self.model.lm_head, None
-        logits = head(last)
+        logits = head(hidden if len(sampled) == len(hidden) else hidden.index_select(0, sample_at))
         if self.sampler.is_plain(sampled) and len(step.masked) == 0:
             tokens = draw(logits, head, params, sample_positions)
         else:
@@ -300,10 +305,10 @@ class ModelRunner:
                 max_q_len=min(max_q_len, len(ids)),
                 attention=self.attention,
                 kv_cache=self.kv_cache,
+                last=inputs.last,
             )
         )
-        last = hidden.index_select(0, inputs.last)
-        return self._draw(last, inputs.rows, inputs.kv_lens, inputs.params)
+        return self._draw(hidden, inputs.rows, inputs.kv_lens, inputs.params)
 
     def _draw(
         self,
