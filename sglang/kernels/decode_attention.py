@@ -25,10 +25,6 @@ from sglang.kernels.launch import (
     wait_for_previous,
 )
 
-MAX_PROGRAMS = 2048
-"""Of a launch: enough to keep every SM busy until the last of them ends."""
-
-
 def decode_attention(
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -83,53 +79,35 @@ def decode_attention_naive(
 @dataclass(frozen=True)
 class DecodeConfig:
     """How the work is cut. The launch grid follows from the shapes alone, so it fits a CUDA graph;
-    how many splits a row has is decided on the device."""
+    what each program does is decided on the device."""
 
     block_n: int
     num_warps: int
     num_stages: int
-    max_splits: int
-    split_tokens: int = 256
-    """A row has a split for each of these, but at most max_splits; they are of equal length."""
+    programs: int
+    """Of a launch, about: of all KV heads together."""
+    min_tokens: int = 64
+    """A program's share at least."""
+
+
+MAX_PARTS = 16
+"""Of a row."""
 
 
 @cache
 def decode_config(
-    device: torch.device,
-    num_rows: int,
-    num_kv_heads: int,
-    head_dim: int,
-    max_len: int,
-    dtype: torch.dtype,
+    device: torch.device, num_rows: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
 ) -> DecodeConfig:
     """The quickest on an H200. dtype: the cache's."""
     sms = multiprocessors(device)
     heads = num_rows * num_kv_heads
-    fill = 2 * sms // heads  # with two programs an SM, so many are left for each row and head
-    in_bytes = dtype.itemsize == 1
-    if fill >= 4:
-        splits, split_tokens = 16, 64
-    elif fill >= 1:
-        splits, split_tokens = 4, 256
-    elif heads < 9 * sms:
-        splits, split_tokens = 4, 2048 if in_bytes else 1024
-    else:  # splits only for rows that are very long
-        splits, split_tokens = 4, 4096
     if head_dim > 128 or dtype.itemsize == 4:
-        block_n, num_warps, num_stages = 32, 4, 2
-    elif in_bytes:
-        block_n, num_warps, num_stages = (64, 4, 2) if fill >= 1 else (64, 2, 3)
-    elif fill >= 8:
-        block_n, num_warps, num_stages = 32, 2, 4
-    else:  # programs so small that many fit on an SM: the begin of one hides behind the others
-        block_n, num_warps, num_stages = 32, 1, 2 if heads < 9 * sms else 3
-    return DecodeConfig(
-        block_n,
-        num_warps,
-        num_stages,
-        max_splits=min(splits, triton.next_power_of_2(triton.cdiv(max_len, split_tokens))),
-        split_tokens=split_tokens,
-    )
+        return DecodeConfig(32, 4, 2, 4 * sms)
+    if dtype.itemsize == 1:
+        return DecodeConfig(64, 4, 2, 4 * sms) if 2 * sms >= heads else DecodeConfig(64, 2, 3, 6 * sms)
+    if 2 * sms >= 8 * heads:
+        return DecodeConfig(32, 2, 4, 4 * sms)
+    return DecodeConfig(32, 1, 3, 6 * sms)
 
 
 # Two pairs of 8-bit floats -> the first and the second of each, as float16: two instructions a
@@ -171,16 +149,6 @@ def _load_tile(
         )
 
 
-@triton.jit
-def _num_splits(
-    kv_len, WINDOW: tl.constexpr, SPLIT_TOKENS: tl.constexpr, MAX_SPLITS: tl.constexpr
-):  # fmt: skip
-    """Of a row, or of rows. A row's last ones may be without tokens."""
-    if WINDOW > 0:
-        kv_len = tl.minimum(kv_len, WINDOW)
-    return tl.minimum(tl.cdiv(kv_len, SPLIT_TOKENS), MAX_SPLITS)
-
-
 # What varies from step to step, alignment included, must not compile a kernel anew.
 @triton.jit(
     do_not_specialize=["num_rows"],
@@ -193,9 +161,9 @@ def _decode_kernel(
     table_ptr,
     rows_ptr,
     lens_ptr,
-    partial_ptr,  # float32 [n, HQ, MAX_SPLITS, D], normalised within its split
-    lse_ptr,  # float32 [n, HQ, MAX_SPLITS], log2 of the split's sum of exponentials
-    ended_ptr,  # int32 [n, head blocks], splits that have ended
+    partial_ptr,  # float32 [programs, 2, HQ, D], normalised within its part
+    lse_ptr,  # float32 [programs, 2, HQ], log2 of the part's sum of exponentials
+    ended_ptr,  # int32 [n, head blocks], parts that have ended
     out_ptr,  # [n, HQ, D] contiguous
     q_stride,
     kv_stride,  # of a slot, in both caches
@@ -209,16 +177,16 @@ def _decode_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    SPLIT_TOKENS: tl.constexpr,
-    MAX_SPLITS: tl.constexpr,
+    MIN_TILES: tl.constexpr,
+    MAX_PARTS: tl.constexpr,
     ROWS_PADDED: tl.constexpr,
     PAIRS: tl.constexpr,
     ASM: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """The programs share out the splits of all rows. How many these are is known here only: a grid
-    with a program for each that there might be would mostly be programs without work, and they cost
-    time.
+    """The tiles of all rows, end to end, are cut into equal shares, one for each program: all end at
+    about the same time, whatever the rows' lengths. A share may begin and end within a row; of
+    the parts of a row, the one that ends last merges all.
 
     A head's elements are in two parts, a and b, that are multiplied apart. Of a 16-bit cache that
     is its first half and the rest. An 8-bit cache is read as pairs, of which a is the first: so the
@@ -242,23 +210,33 @@ def _decode_kernel(
     dtype = out_ptr.dtype.element_ty
     tile_dtype: tl.constexpr = tl.float16 if PAIRS else dtype
 
+    program = tl.program_id(1)
     r = tl.arange(0, ROWS_PADDED)
-    lens = tl.load(lens_ptr + r, mask=r < num_rows, other=0)
-    counts = _num_splits(lens, WINDOW, SPLIT_TOKENS, MAX_SPLITS)
-    for item in tl.range(tl.program_id(1), tl.sum(counts, 0), tl.num_programs(1)):
-        # Counted again: to keep the counts would take registers from what follows.
-        lens = tl.load(lens_ptr + r, mask=r < num_rows, other=0)
-        counts = _num_splits(lens, WINDOW, SPLIT_TOKENS, MAX_SPLITS)
-        i = tl.sum((tl.cumsum(counts, 0) <= item).to(tl.int32), 0)
-        split = item - tl.sum(tl.where(r < i, counts, 0), 0)
+    seen_lens = tl.load(lens_ptr + r, mask=r < num_rows, other=0)
+    if WINDOW > 0:
+        seen_lens = tl.minimum(seen_lens, WINDOW)
+    tiles = tl.cdiv(seen_lens, BLOCK_N)
+    total_tiles = tl.sum(tiles, 0)
+    share = tl.maximum(tl.cdiv(total_tiles, tl.num_programs(1)), MIN_TILES)
+    share = tl.maximum(share, tl.cdiv(tl.max(tiles, 0), MAX_PARTS - 1))
+    first_tile = program * share
+    last_tile = tl.minimum(first_tile + share, total_tiles)
+    ends = tl.cumsum(tiles, 0)
+    first_row = tl.sum((ends <= first_tile).to(tl.int32), 0)
+    last_row = tl.sum((ends < last_tile).to(tl.int32), 0)
+    before = tl.sum(tl.where(r < first_row, tiles, 0), 0)  # tiles of the rows before
+    for i in tl.range(first_row, last_row + 1):
         kv_len = tl.load(lens_ptr + i)
         first = 0
         if WINDOW > 0:
             first = tl.maximum(kv_len - WINDOW, 0)
-        splits = _num_splits(kv_len, WINDOW, SPLIT_TOKENS, MAX_SPLITS)
-        size = tl.cdiv(tl.cdiv(kv_len - first, splits), BLOCK_N) * BLOCK_N
-        start = first + split * size
-        end = tl.minimum(start + size, kv_len)
+        row_tiles = tl.cdiv(kv_len - first, BLOCK_N)
+        start = first + tl.maximum(first_tile - before, 0) * BLOCK_N
+        end = tl.minimum(first + (last_tile - before) * BLOCK_N, kv_len)
+        first_program = before // share
+        parts = (before + row_tiles - 1) // share - first_program + 1
+        parts = tl.where(row_tiles > 0, parts, 0)
+        before += row_tiles
         at_row = tl.full([], i, tl.int64)
         q_at = q_ptr + at_row * q_stride + head[:, None] * D
         q_a = tl.load(q_at + a[None, :], mask=in_a, other=0.0).to(tile_dtype)
@@ -297,34 +275,37 @@ def _decode_kernel(
         acc_a = acc_a / total[:, None]
         acc_b = acc_b / total[:, None]
         at_heads = at_row * HQ + head
-        if splits == 1:
+        if parts == 1:
             out_at = out_ptr + at_heads[:, None] * D
             tl.store(out_at + a[None, :], acc_a.to(dtype), mask=in_a)
             tl.store(out_at + b[None, :], acc_b.to(dtype), mask=in_b)
-        elif MAX_SPLITS > 1:
-            at_split = at_heads * MAX_SPLITS + split
-            partial_at = partial_ptr + at_split[:, None] * D
+        elif parts > 1:
+            # A program's first part, or, if the row begins here, its last.
+            at_part = (2 * program + (program == first_program).to(tl.int32)) * HQ + head
+            partial_at = partial_ptr + at_part[:, None] * D
             tl.store(partial_at + a[None, :], acc_a, mask=in_a)
             tl.store(partial_at + b[None, :], acc_b, mask=in_b)
-            tl.store(lse_ptr + at_split, most + tl.log2(total), mask=in_group < GROUP)
+            tl.store(lse_ptr + at_part, most + tl.log2(total), mask=in_group < GROUP)
             tl.debug_barrier()  # the stores of all threads come before the count
             ended_at = ended_ptr + i * tl.num_programs(0) + tl.program_id(0)
-            if tl.atomic_add(ended_at, 1, sem="acq_rel") == splits - 1:
+            if tl.atomic_add(ended_at, 1, sem="acq_rel") == parts - 1:
                 tl.store(ended_at, 0)
                 d = tl.arange(0, BLOCK_D)
-                s = tl.arange(0, MAX_SPLITS)
-                used = s < splits
+                s = tl.arange(0, MAX_PARTS)
+                used = s < parts
+                at_parts = (2 * (first_program + s) + (s == 0).to(tl.int32)) * HQ
                 for h in range(first_head, tl.minimum(first_head + BLOCK_H, GROUP)):
-                    at_head = at_row * HQ + kv_head * GROUP + h
+                    at_head = kv_head * GROUP + h
                     # Past the L1, which other SMs' stores do not reach.
-                    lse_at = lse_ptr + at_head * MAX_SPLITS + s
+                    lse_at = lse_ptr + at_parts + at_head
                     lse = tl.load(lse_at, mask=used, other=-1.0e30, cache_modifier=".cg")
-                    tile = partial_ptr + (at_head * MAX_SPLITS + s[:, None]) * D + d[None, :]
+                    tile = partial_ptr + (at_parts + at_head)[:, None] * D + d[None, :]
                     tile_mask = used[:, None] & (d[None, :] < D)
                     part = tl.load(tile, mask=tile_mask, other=0.0, cache_modifier=".cg")
-                    share = tl.exp2(lse - tl.max(lse, 0))
-                    out = tl.sum(share[:, None] * part, 0) / tl.sum(share, 0)
-                    tl.store(out_ptr + at_head * D + d, out.to(dtype), mask=d < D)
+                    weight = tl.exp2(lse - tl.max(lse, 0))
+                    out = tl.sum(weight[:, None] * part, 0) / tl.sum(weight, 0)
+                    out_at = out_ptr + (at_row * HQ + at_head) * D + d
+                    tl.store(out_at, out.to(dtype), mask=d < D)
 
 
 def decode_attention_triton(
@@ -342,22 +323,21 @@ def decode_attention_triton(
     num_rows, num_q_heads, dim = q.shape
     num_kv_heads = k_cache.shape[1]
     if config is None:
-        max_len = slot_table.shape[1]
-        config = decode_config(q.device, num_rows, num_kv_heads, dim, max_len, k_cache.dtype)
+        config = decode_config(q.device, num_rows, num_kv_heads, dim, k_cache.dtype)
     group = num_q_heads // num_kv_heads
     if out is None:
         out = torch.empty(num_rows, num_q_heads, dim, dtype=q.dtype, device=q.device)
     if num_rows == 0:
         return out
     heads = num_kv_heads * triton.cdiv(group, 16)
+    programs = min(num_rows * MAX_PARTS, triton.cdiv(config.programs, heads))
     f32 = {"dtype": torch.float32, "device": q.device}
-    partial = torch.empty(num_rows, num_q_heads, config.max_splits, dim, **f32)
-    lse = torch.empty(num_rows, num_q_heads, config.max_splits, **f32)
+    partial = torch.empty(programs, 2, num_q_heads, dim, **f32)
+    lse = torch.empty(programs, 2, num_q_heads, **f32)
     ended = counters(q.device, num_rows * heads)
     pairs = k_cache.dtype.itemsize == 1
     if pairs:
         k_cache, v_cache = k_cache.view(torch.int16), v_cache.view(torch.int16)
-    programs = min(num_rows * config.max_splits, triton.cdiv(MAX_PROGRAMS, heads))
     # Heads first: programs side by side then read neighbouring parts of the same slots.
     _decode_kernel[(heads, programs)](
         q, k_cache, v_cache, slot_table, rows, kv_lens, partial, lse, ended, out,
@@ -370,8 +350,8 @@ def decode_attention_triton(
         BLOCK_H=16,  # the least that tensor cores take
         BLOCK_D=triton.next_power_of_2(dim),
         BLOCK_N=config.block_n,
-        SPLIT_TOKENS=config.split_tokens,
-        MAX_SPLITS=config.max_splits,
+        MIN_TILES=triton.cdiv(config.min_tokens, config.block_n),
+        MAX_PARTS=MAX_PARTS,
         # Two sizes do: each costs compiling the kernel anew.
         ROWS_PADDED=16 if num_rows <= 16 else max(256, triton.next_power_of_2(num_rows)),
         PAIRS=pairs,
