@@ -85,13 +85,16 @@ class DecodeConfig:
     num_warps: int
     num_stages: int
     programs: int
-    """Of a launch, about: of all KV heads together."""
+    """That the GPU holds at once, or less: of all KV heads together."""
     min_tokens: int = 64
     """A program's share at least."""
-
-
-MAX_PARTS = 16
-"""Of a row."""
+    max_parts: int = 16
+    """Of a row."""
+    late_16ths: int = 0
+    """So much of the work is left to programs that begin when those before them end: SMs are not
+    equally quick."""
+    late: int = 1
+    """Their number, in multiples of `programs`."""
 
 
 @cache
@@ -149,9 +152,24 @@ def _load_tile(
         )
 
 
+@triton.jit
+def _first_tile(program, early, late, early_programs):
+    """Of a program's share. Shares are `early` tiles long, those of later programs `late` tiles."""
+    return tl.minimum(program, early_programs) * early + (
+        tl.maximum(program - early_programs, 0) * late
+    )
+
+
+@triton.jit
+def _program_of(tile, early, late, early_programs):
+    """In whose share a tile is."""
+    after = tile - early_programs * early
+    return tl.where(after < 0, tile // early, early_programs + after // late)
+
+
 # What varies from step to step, alignment included, must not compile a kernel anew.
 @triton.jit(
-    do_not_specialize=["num_rows"],
+    do_not_specialize=["num_rows", "early_programs"],
     do_not_specialize_on_alignment=["rows_ptr", "lens_ptr"],
 )
 def _decode_kernel(
@@ -170,6 +188,8 @@ def _decode_kernel(
     table_stride,
     scale_log2,
     num_rows,
+    early_programs,
+    LATE_16THS: tl.constexpr,
     WINDOW: tl.constexpr,
     HQ: tl.constexpr,
     GROUP: tl.constexpr,
@@ -217,10 +237,13 @@ def _decode_kernel(
         seen_lens = tl.minimum(seen_lens, WINDOW)
     tiles = tl.cdiv(seen_lens, BLOCK_N)
     total_tiles = tl.sum(tiles, 0)
-    share = tl.maximum(tl.cdiv(total_tiles, tl.num_programs(1)), MIN_TILES)
-    share = tl.maximum(share, tl.cdiv(tl.max(tiles, 0), MAX_PARTS - 1))
-    first_tile = program * share
-    last_tile = tl.minimum(first_tile + share, total_tiles)
+    least = tl.maximum(tl.cdiv(tl.max(tiles, 0), MAX_PARTS - 2), MIN_TILES)
+    early = tl.cdiv(total_tiles * (16 - LATE_16THS), 16 * early_programs)
+    early = tl.maximum(early, least)
+    late_programs = tl.maximum(tl.num_programs(1) - early_programs, 1)
+    late = tl.maximum(tl.cdiv(total_tiles - early_programs * early, late_programs), least)
+    first_tile = _first_tile(program, early, late, early_programs)
+    last_tile = tl.minimum(_first_tile(program + 1, early, late, early_programs), total_tiles)
     ends = tl.cumsum(tiles, 0)
     first_row = tl.sum((ends <= first_tile).to(tl.int32), 0)
     last_row = tl.sum((ends < last_tile).to(tl.int32), 0)
@@ -233,8 +256,9 @@ def _decode_kernel(
         row_tiles = tl.cdiv(kv_len - first, BLOCK_N)
         start = first + tl.maximum(first_tile - before, 0) * BLOCK_N
         end = tl.minimum(first + (last_tile - before) * BLOCK_N, kv_len)
-        first_program = before // share
-        parts = (before + row_tiles - 1) // share - first_program + 1
+        first_program = _program_of(before, early, late, early_programs)
+        last_program = _program_of(before + row_tiles - 1, early, late, early_programs)
+        parts = last_program - first_program + 1
         parts = tl.where(row_tiles > 0, parts, 0)
         before += row_tiles
         at_row = tl.full([], i, tl.int64)
@@ -330,7 +354,8 @@ def decode_attention_triton(
     if num_rows == 0:
         return out
     heads = num_kv_heads * triton.cdiv(group, 16)
-    programs = min(num_rows * MAX_PARTS, triton.cdiv(config.programs, heads))
+    early = min(num_rows * config.max_parts, triton.cdiv(config.programs, heads))
+    programs = early * (1 + config.late) if config.late_16ths else early
     f32 = {"dtype": torch.float32, "device": q.device}
     partial = torch.empty(programs, 2, num_q_heads, dim, **f32)
     lse = torch.empty(programs, 2, num_q_heads, **f32)
@@ -342,7 +367,8 @@ def decode_attention_triton(
     _decode_kernel[(heads, programs)](
         q, k_cache, v_cache, slot_table, rows, kv_lens, partial, lse, ended, out,
         q.stride(0), k_cache.stride(0), slot_table.stride(0),
-        scale * math.log2(math.e), num_rows,
+        scale * math.log2(math.e), num_rows, early,
+        LATE_16THS=config.late_16ths,
         WINDOW=window,
         HQ=num_q_heads,
         GROUP=group,
@@ -351,7 +377,7 @@ def decode_attention_triton(
         BLOCK_D=triton.next_power_of_2(dim),
         BLOCK_N=config.block_n,
         MIN_TILES=triton.cdiv(config.min_tokens, config.block_n),
-        MAX_PARTS=MAX_PARTS,
+        MAX_PARTS=config.max_parts,
         # Two sizes do: each costs compiling the kernel anew.
         ROWS_PADDED=16 if num_rows <= 16 else max(256, triton.next_power_of_2(num_rows)),
         PAIRS=pairs,
