@@ -25,6 +25,7 @@ from sglang.kernels.launch import (
     wait_for_previous,
 )
 
+
 def decode_attention(
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -107,10 +108,12 @@ def decode_config(
     if head_dim > 128 or dtype.itemsize == 4:
         return DecodeConfig(32, 4, 2, 4 * sms)
     if dtype.itemsize == 1:
-        return DecodeConfig(64, 4, 2, 4 * sms) if 2 * sms >= heads else DecodeConfig(64, 2, 3, 6 * sms)
+        if 2 * sms >= heads:
+            return DecodeConfig(64, 4, 2, 4 * sms)
+        return DecodeConfig(64, 2, 3, 4 * sms)
     if 2 * sms >= 8 * heads:
-        return DecodeConfig(32, 2, 4, 4 * sms)
-    return DecodeConfig(32, 1, 3, 6 * sms)
+        return DecodeConfig(32, 2, 4, 4 * sms, max_parts=32)
+    return DecodeConfig(32, 1, 2, 8 * sms, late_16ths=4)
 
 
 # Two pairs of 8-bit floats -> the first and the second of each, as float16: two instructions a
@@ -204,9 +207,9 @@ def _decode_kernel(
     ASM: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """The tiles of all rows, end to end, are cut into equal shares, one for each program: all end at
-    about the same time, whatever the rows' lengths. A share may begin and end within a row; of
-    the parts of a row, the one that ends last merges all.
+    """The tiles of all rows, end to end, are cut into equal shares, one for each program: so all
+    end at about the same time, whatever the rows' lengths. A share may begin and end within a row;
+    of a row's parts, the one that ends last merges all.
 
     A head's elements are in two parts, a and b, that are multiplied apart. Of a 16-bit cache that
     is its first half and the rest. An 8-bit cache is read as pairs, of which a is the first: so the
@@ -332,6 +335,11 @@ def _decode_kernel(
                     tl.store(out_at, out.to(dtype), mask=d < D)
 
 
+def _rows_padded(num_rows: int) -> int:
+    """Few sizes: each costs compiling the kernel anew."""
+    return 16 if num_rows <= 16 else max(256, 4 ** math.ceil(math.log(num_rows, 4)))
+
+
 def decode_attention_triton(
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -378,8 +386,7 @@ def decode_attention_triton(
         BLOCK_N=config.block_n,
         MIN_TILES=triton.cdiv(config.min_tokens, config.block_n),
         MAX_PARTS=config.max_parts,
-        # Two sizes do: each costs compiling the kernel anew.
-        ROWS_PADDED=16 if num_rows <= 16 else max(256, triton.next_power_of_2(num_rows)),
+        ROWS_PADDED=_rows_padded(num_rows),
         PAIRS=pairs,
         ASM=not isinstance(_decode_kernel, InterpretedFunction),
         num_warps=config.num_warps,

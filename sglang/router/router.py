@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
+
 import zmq
 
-from sglang.addresses import Addresses, Link, bind_inbox, connect_outbox, listen
+from sglang.addresses import SPIN_SECONDS, Addresses, Link, bind_inbox, connect_outbox, listen
 from sglang.messages import (
     AbortRequest,
     Decoder,
@@ -30,14 +32,18 @@ from sglang.server_args import ServerArgs
 from sglang.spans import Recorder
 
 POLL_MS = 2
+AT_A_TIME = 256
+"""Messages that are taken in before there is another plan."""
 
 
 class Workers:
     """The model workers, all ranks, as the router sees them: plans go out, results come back."""
 
-    def __init__(self, addresses: Addresses, num_ranks: int) -> None:
+    def __init__(self, addresses: Addresses, num_ranks: int, spin: bool) -> None:
+        """spin: stay awake while they compute."""
         self._address = addresses.workers
         self._num_ranks = num_ranks
+        self.spins = spin
         self._links: list[Link] = []  # by rank
         self._decoder = Decoder(FromWorker)
 
@@ -52,6 +58,7 @@ class Workers:
             links[ready.rank] = link
             if len(links) == self._num_ranks:
                 self._links = [links[rank] for rank in range(self._num_ranks)]
+                self._links[0].spins = self.spins
                 return ready
 
     def send(self, plan: StepPlan, payload: bytes) -> None:
@@ -145,12 +152,16 @@ class Router:
             self._lane.lap("tell the detokenizer")
 
     def _receive(self, wait: bool) -> None:
-        """Takes in all that has arrived; with `wait`, waits for something to arrive, a grammar that
+        """Takes in what has arrived; with `wait`, waits for something to arrive, a grammar that
         is being compiled, or room for news."""
         if wait and (self._grammars.num_pending or self._detokenizer.is_behind):
             self._requests.poll(POLL_MS)
             wait = False
-        while True:
+        if wait and self._workers.spins:
+            end = time.perf_counter() + SPIN_SECONDS
+            while not self._requests.poll(0) and time.perf_counter() < end:
+                pass
+        for _ in range(AT_A_TIME):
             try:
                 frame = self._requests.recv(0 if wait else zmq.NOBLOCK)
             except zmq.Again:
@@ -184,7 +195,7 @@ class Router:
 def run_router(args: ServerArgs, model: ModelConfig, addresses: Addresses) -> None:
     """Serves until its process is ended. It needs no more of the model than a few numbers."""
     context = zmq.Context()
-    workers = Workers(addresses, args.tp_size)
+    workers = Workers(addresses, args.tp_size, spin=model.device == "cuda")
     ready = workers.wait_ready()
     scheduler = Scheduler(
         num_slots=ready.num_slots,

@@ -87,6 +87,7 @@ class LLM:
             self._lock = threading.Lock()
             self.engine = self._answer(EngineReady)
             self._tokens = connect(addresses.detokenizer)
+            self._tokens.spins = self.model.device == "cuda"
         except BaseException:
             self._stop()
             raise

@@ -48,8 +48,8 @@ class Batch:
     """Copies of the row lengths, [n], known without a sync; None while a graph is captured."""
 
     def of_last_tokens(self) -> Batch:
-        """The rows as attention sees them in a step that decodes: `last` are its tokens, whose K and
-        V have been written. What is used before attention is left out."""
+        """The rows as attention sees them in a step that decodes: `last` are its tokens, and their
+        K and V have been written. What is used before attention is left out."""
         used = self.rows[:0]
         return replace(
             self,

@@ -21,6 +21,8 @@ from sglang.attention.base import AttentionBackend
 from sglang.worker.rows import NUM_PARAMS, RowState, StepArrays
 from sglang.worker.staging import Field, Staging
 
+MAX_GRAPH_ROWS = 256
+"""Unless a flag says more."""
 MAX_PREFILL_TOKENS = 9216
 PREFILL_ROWS = 16
 """In a graph of the second family: each costs its logits, whether the step has it or not."""

@@ -18,6 +18,7 @@ from sglang.worker.batch import Batch
 from sglang.worker.compile_ahead import compile_ahead
 from sglang.worker.embeddings import PooledRow, Pooler
 from sglang.worker.graphs import (
+    MAX_GRAPH_ROWS,
     DecodeInputs,
     GraphOutputs,
     PrefillInputs,
@@ -67,8 +68,12 @@ class Limits:
     """None: as many as fit."""
 
     @classmethod
-    def of(cls, args: ServerArgs, device: torch.device) -> Limits:
-        rows, chunk, slots = (256, 8192, None) if device.type == "cuda" else (64, 512, 32768)
+    def of(cls, args: ServerArgs, config: ModelConfig, device: torch.device) -> Limits:
+        rows, chunk, slots = 64, 512, 32768
+        if device.type == "cuda":
+            # Long steps are quicker in all, but those who are decoding wait for them.
+            is_small = config.weights_per_layer * config.num_layers < 1e9
+            rows, chunk, slots = 1024, 16384 if is_small else 8192, None
         return cls(
             args.max_running_requests or rows,
             args.chunked_prefill_size or chunk,
@@ -94,7 +99,7 @@ class ModelRunner:
         self.device = torch.device(config.device, tp.rank if config.device == "cuda" else None)
         self.tp = tp
         self.checks_ranks = args.check_ranks
-        limits = Limits.of(args, self.device)
+        limits = Limits.of(args, config, self.device)
         dtype = kv_dtype(args.kv_cache_dtype, config.dtype, self.device)
         self.attention = create_attention_backend(
             args.attention_backend,
@@ -135,7 +140,7 @@ class ModelRunner:
                 self._prefill,
                 self.attention,
                 self.rows,
-                max_rows=min(args.cuda_graph_max_bs or num_rows, num_rows),
+                max_rows=min(args.cuda_graph_max_bs or MAX_GRAPH_ROWS, num_rows),
                 max_tokens=min(
                     self.chunk_size + num_rows,
                     longest_worthwhile(config.weights_per_layer // tp.size),
