@@ -96,6 +96,7 @@ class DecodeConfig:
     equally quick."""
     late: int = 1
     """Their number, in multiples of `programs`."""
+    whole_4ths: int = 5
 
 
 @cache
@@ -107,25 +108,23 @@ def decode_config(
     heads = num_rows * num_kv_heads
     if head_dim > 128 or dtype.itemsize == 4:
         return DecodeConfig(32, 4, 2, 4 * sms)
+    are_few = heads <= 4 * sms
     if dtype.itemsize == 1:
-        if 2 * sms >= heads:
-            return DecodeConfig(64, 4, 2, 4 * sms)
-        return DecodeConfig(64, 2, 3, 4 * sms)
-    if 2 * sms >= 8 * heads:
-        return DecodeConfig(32, 2, 4, 4 * sms, max_parts=32)
-    return DecodeConfig(32, 1, 2, 8 * sms, late_16ths=4)
+        return DecodeConfig(64, 2, 3, 4 * sms) if are_few else DecodeConfig(32, 1, 3, 8 * sms)
+    if are_few:
+        return DecodeConfig(32, 2, 3, 4 * sms, min_tokens=32)
+    return DecodeConfig(32, 1, 2, 8 * sms)
 
 
-# Two pairs of 8-bit floats -> the first and the second of each, as float16: two instructions a
-# pair, where Triton's own conversion of single ones takes five.
+# Two pairs of 8-bit floats -> the first and the second of each, as float16: three instructions,
+# where Triton's own conversion of single ones takes ten.
 _UNPAIR = tl.constexpr("""{
-.reg .b16 low, high;
-.reg .b32 p, q;
-mov.b32 {low, high}, $2;
-cvt.rn.f16x2.e4m3x2 p, low;
-cvt.rn.f16x2.e4m3x2 q, high;
-prmt.b32 $0, p, q, 0x5410;
-prmt.b32 $1, p, q, 0x7632;
+.reg .b32 sorted;
+.reg .b16 first, second;
+prmt.b32 sorted, $2, $2, 0x3120;
+mov.b32 {first, second}, sorted;
+cvt.rn.f16x2.e4m3x2 $0, first;
+cvt.rn.f16x2.e4m3x2 $1, second;
 }""")
 
 
@@ -193,6 +192,7 @@ def _decode_kernel(
     num_rows,
     early_programs,
     LATE_16THS: tl.constexpr,
+    WHOLE_4THS: tl.constexpr,
     WINDOW: tl.constexpr,
     HQ: tl.constexpr,
     GROUP: tl.constexpr,
@@ -247,6 +247,10 @@ def _decode_kernel(
     late = tl.maximum(tl.cdiv(total_tiles - early_programs * early, late_programs), least)
     first_tile = _first_tile(program, early, late, early_programs)
     last_tile = tl.minimum(_first_tile(program + 1, early, late, early_programs), total_tiles)
+    whole = (4 * tl.max(tiles, 0) <= WHOLE_4THS * early) & (tl.num_programs(1) >= num_rows)
+    if whole:
+        first_tile = tl.sum(tl.where(r < program, tiles, 0), 0)
+        last_tile = tl.sum(tl.where(r <= program, tiles, 0), 0)
     ends = tl.cumsum(tiles, 0)
     first_row = tl.sum((ends <= first_tile).to(tl.int32), 0)
     last_row = tl.sum((ends < last_tile).to(tl.int32), 0)
@@ -262,7 +266,7 @@ def _decode_kernel(
         first_program = _program_of(before, early, late, early_programs)
         last_program = _program_of(before + row_tiles - 1, early, late, early_programs)
         parts = last_program - first_program + 1
-        parts = tl.where(row_tiles > 0, parts, 0)
+        parts = tl.where(row_tiles > 0, tl.where(whole, 1, parts), 0)
         before += row_tiles
         at_row = tl.full([], i, tl.int64)
         q_at = q_ptr + at_row * q_stride + head[:, None] * D
@@ -363,7 +367,7 @@ def decode_attention_triton(
         return out
     heads = num_kv_heads * triton.cdiv(group, 16)
     early = min(num_rows * config.max_parts, triton.cdiv(config.programs, heads))
-    programs = early * (1 + config.late) if config.late_16ths else early
+    programs = max(early * (1 + config.late) if config.late_16ths else early, num_rows if num_rows >= early else 0)
     f32 = {"dtype": torch.float32, "device": q.device}
     partial = torch.empty(programs, 2, num_q_heads, dim, **f32)
     lse = torch.empty(programs, 2, num_q_heads, **f32)
@@ -377,6 +381,7 @@ def decode_attention_triton(
         q.stride(0), k_cache.stride(0), slot_table.stride(0),
         scale * math.log2(math.e), num_rows, early,
         LATE_16THS=config.late_16ths,
+        WHOLE_4THS=config.whole_4ths,
         WINDOW=window,
         HQ=num_q_heads,
         GROUP=group,

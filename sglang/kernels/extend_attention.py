@@ -389,7 +389,7 @@ def extend_attention_triton(
         BLOCK_D=block_d,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
-        ROWS_PADDED=max(256, triton.next_power_of_2(num_rows)),
+        ROWS_PADDED=max(1024, triton.next_power_of_2(num_rows)),
         MAX_SPLITS=splits,
         num_warps=config.num_warps,
         num_stages=config.num_stages,

@@ -371,7 +371,7 @@ def extend_attention_hopper(
         HEADS=num_q_heads // pack,
         GROUP=group,
         PACK=pack,
-        ROWS_PADDED=max(256, triton.next_power_of_2(len(rows))),
+        ROWS_PADDED=max(1024, triton.next_power_of_2(len(rows))),
         num_warps=4,
         launch_pdl=True,
     )  # fmt: skip

@@ -58,7 +58,7 @@ def test_a_norm_may_come_after_the_product(tokens: int) -> None:
     normed = F.rms_norm(x.float(), (128,), norm.weight.float(), eps)
     expected = []
     for layer, outputs in ((qkv, 256), (mlp, 512)):
-        weight = randn(outputs, 128, dtype=dtype) / 8
+        weight = randn(outputs, 128, dtype=dtype) / 16
         expected.append(F.linear(normed, weight.float()))
         layer.weight, layer.packed = nn.Parameter(weight, requires_grad=False), None
     moved = copy.deepcopy(norm)
