@@ -110,10 +110,12 @@ class ServerArgs:
         None, "KV slots (default: what mem-fraction-static leaves on a GPU, 32768 on a CPU)"
     )
     max_running_requests: int | None = _flag(
-        None, "requests in a batch at most (default: 256 on a GPU, 64 on a CPU)"
+        None, "requests in a batch at most (default: 1024 on a GPU, 64 on a CPU)"
     )
     chunked_prefill_size: int | None = _flag(
-        None, "new prompt tokens in a step at most (default: 8192 on a GPU, 512 on a CPU)"
+        None,
+        "new prompt tokens in a step at most (default: 8192 on a GPU, 16384 for models of less "
+        "than a billion weights, 512 on a CPU)",
     )
     schedule_policy: str = _flag(
         "lpm",

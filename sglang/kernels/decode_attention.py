@@ -1,8 +1,9 @@
 """Attention of one new token a row over the row's cached tokens.
 
-Flash-decoding (Dao et al., 2023): programs share a row's tokens out among themselves, each keeps an
-online softmax over its split, and the one that ends last merges the splits. The query heads that
-share a KV head are one tile, so K and V are read once.
+Flash-decoding (Dao et al., 2023): programs share the rows' tokens out among themselves (in equal
+shares, as stream-K does for products: Osama et al., 2023), each keeps an online softmax over its
+part of a row, and the one that ends last merges the parts. The query heads that share a KV head are
+one tile, so K and V are read once.
 """
 
 from __future__ import annotations
@@ -86,17 +87,11 @@ class DecodeConfig:
     num_warps: int
     num_stages: int
     programs: int
-    """That the GPU holds at once, or less: of all KV heads together."""
+    """As many as the GPU holds at once, or less: of all KV heads together."""
     min_tokens: int = 64
     """A program's share at least."""
     max_parts: int = 16
     """Of a row."""
-    late_16ths: int = 0
-    """So much of the work is left to programs that begin when those before them end: SMs are not
-    equally quick."""
-    late: int = 1
-    """Their number, in multiples of `programs`."""
-    whole_4ths: int = 5
 
 
 @cache
@@ -113,6 +108,9 @@ def decode_config(
         return DecodeConfig(64, 2, 3, 4 * sms) if are_few else DecodeConfig(32, 1, 3, 8 * sms)
     if are_few:
         return DecodeConfig(32, 2, 3, 4 * sms, min_tokens=32)
+    # Programs so small that many fit on an SM: the begin of one hides behind the others.
+    if num_kv_heads <= 8:
+        return DecodeConfig(32, 1, 3, 6 * sms)
     return DecodeConfig(32, 1, 2, 8 * sms)
 
 
@@ -154,24 +152,9 @@ def _load_tile(
         )
 
 
-@triton.jit
-def _first_tile(program, early, late, early_programs):
-    """Of a program's share. Shares are `early` tiles long, those of later programs `late` tiles."""
-    return tl.minimum(program, early_programs) * early + (
-        tl.maximum(program - early_programs, 0) * late
-    )
-
-
-@triton.jit
-def _program_of(tile, early, late, early_programs):
-    """In whose share a tile is."""
-    after = tile - early_programs * early
-    return tl.where(after < 0, tile // early, early_programs + after // late)
-
-
 # What varies from step to step, alignment included, must not compile a kernel anew.
 @triton.jit(
-    do_not_specialize=["num_rows", "early_programs"],
+    do_not_specialize=["num_rows", "num_shares"],
     do_not_specialize_on_alignment=["rows_ptr", "lens_ptr"],
 )
 def _decode_kernel(
@@ -190,9 +173,7 @@ def _decode_kernel(
     table_stride,
     scale_log2,
     num_rows,
-    early_programs,
-    LATE_16THS: tl.constexpr,
-    WHOLE_4THS: tl.constexpr,
+    num_shares,
     WINDOW: tl.constexpr,
     HQ: tl.constexpr,
     GROUP: tl.constexpr,
@@ -209,7 +190,8 @@ def _decode_kernel(
 ):
     """The tiles of all rows, end to end, are cut into equal shares, one for each program: so all
     end at about the same time, whatever the rows' lengths. A share may begin and end within a row;
-    of a row's parts, the one that ends last merges all.
+    of a row's parts, the one that ends last merges all. But if no row is much longer than a share,
+    a program takes a row: SMs are not equally quick, and those that are take more rows.
 
     A head's elements are in two parts, a and b, that are multiplied apart. Of a 16-bit cache that
     is its first half and the rest. An 8-bit cache is read as pairs, of which a is the first: so the
@@ -240,20 +222,18 @@ def _decode_kernel(
         seen_lens = tl.minimum(seen_lens, WINDOW)
     tiles = tl.cdiv(seen_lens, BLOCK_N)
     total_tiles = tl.sum(tiles, 0)
-    least = tl.maximum(tl.cdiv(tl.max(tiles, 0), MAX_PARTS - 2), MIN_TILES)
-    early = tl.cdiv(total_tiles * (16 - LATE_16THS), 16 * early_programs)
-    early = tl.maximum(early, least)
-    late_programs = tl.maximum(tl.num_programs(1) - early_programs, 1)
-    late = tl.maximum(tl.cdiv(total_tiles - early_programs * early, late_programs), least)
-    first_tile = _first_tile(program, early, late, early_programs)
-    last_tile = tl.minimum(_first_tile(program + 1, early, late, early_programs), total_tiles)
-    whole = (4 * tl.max(tiles, 0) <= WHOLE_4THS * early) & (tl.num_programs(1) >= num_rows)
-    if whole:
+    longest = tl.max(tiles, 0)
+    share = tl.maximum(tl.cdiv(total_tiles, num_shares), tl.cdiv(longest, MAX_PARTS - 1))
+    share = tl.maximum(share, MIN_TILES)
+    first_tile = program * share
+    end_tile = tl.minimum(first_tile + share, total_tiles)
+    whole_rows = (4 * longest <= 5 * share) & (tl.num_programs(1) >= num_rows)
+    if whole_rows:
         first_tile = tl.sum(tl.where(r < program, tiles, 0), 0)
-        last_tile = tl.sum(tl.where(r <= program, tiles, 0), 0)
+        end_tile = tl.sum(tl.where(r <= program, tiles, 0), 0)
     ends = tl.cumsum(tiles, 0)
     first_row = tl.sum((ends <= first_tile).to(tl.int32), 0)
-    last_row = tl.sum((ends < last_tile).to(tl.int32), 0)
+    last_row = tl.sum((ends < end_tile).to(tl.int32), 0)
     before = tl.sum(tl.where(r < first_row, tiles, 0), 0)  # tiles of the rows before
     for i in tl.range(first_row, last_row + 1):
         kv_len = tl.load(lens_ptr + i)
@@ -262,11 +242,10 @@ def _decode_kernel(
             first = tl.maximum(kv_len - WINDOW, 0)
         row_tiles = tl.cdiv(kv_len - first, BLOCK_N)
         start = first + tl.maximum(first_tile - before, 0) * BLOCK_N
-        end = tl.minimum(first + (last_tile - before) * BLOCK_N, kv_len)
-        first_program = _program_of(before, early, late, early_programs)
-        last_program = _program_of(before + row_tiles - 1, early, late, early_programs)
-        parts = last_program - first_program + 1
-        parts = tl.where(row_tiles > 0, tl.where(whole, 1, parts), 0)
+        end = tl.minimum(first + (end_tile - before) * BLOCK_N, kv_len)
+        first_program = before // share
+        parts = (before + row_tiles - 1) // share - first_program + 1
+        parts = tl.where(row_tiles > 0, tl.where(whole_rows, 1, parts), 0)
         before += row_tiles
         at_row = tl.full([], i, tl.int64)
         q_at = q_ptr + at_row * q_stride + head[:, None] * D
@@ -366,8 +345,8 @@ def decode_attention_triton(
     if num_rows == 0:
         return out
     heads = num_kv_heads * triton.cdiv(group, 16)
-    early = min(num_rows * config.max_parts, triton.cdiv(config.programs, heads))
-    programs = max(early * (1 + config.late) if config.late_16ths else early, num_rows if num_rows >= early else 0)
+    shares = min(num_rows * config.max_parts, max(config.programs // heads, 1))
+    programs = max(shares, num_rows)
     f32 = {"dtype": torch.float32, "device": q.device}
     partial = torch.empty(programs, 2, num_q_heads, dim, **f32)
     lse = torch.empty(programs, 2, num_q_heads, **f32)
@@ -379,9 +358,7 @@ def decode_attention_triton(
     _decode_kernel[(heads, programs)](
         q, k_cache, v_cache, slot_table, rows, kv_lens, partial, lse, ended, out,
         q.stride(0), k_cache.stride(0), slot_table.stride(0),
-        scale * math.log2(math.e), num_rows, early,
-        LATE_16THS=config.late_16ths,
-        WHOLE_4THS=config.whole_4ths,
+        scale * math.log2(math.e), num_rows, shares,
         WINDOW=window,
         HQ=num_q_heads,
         GROUP=group,

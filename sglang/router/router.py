@@ -32,8 +32,8 @@ from sglang.server_args import ServerArgs
 from sglang.spans import Recorder
 
 POLL_MS = 2
-AT_A_TIME = 256
-"""Messages that are taken in before there is another plan."""
+TAKE_IN_SECONDS = 1e-3
+"""So long are messages taken in before there is another plan."""
 
 
 class Workers:
@@ -151,24 +151,29 @@ class Router:
             self._detokenizer.post(encode(news))
             self._lane.lap("tell the detokenizer")
 
+    def _wait(self) -> None:
+        if self._grammars.num_pending or self._detokenizer.is_behind:
+            self._requests.poll(POLL_MS)
+            return
+        if self._workers.spins:
+            end = time.perf_counter() + SPIN_SECONDS
+            while time.perf_counter() < end:
+                if self._requests.poll(0):
+                    return
+        self._requests.poll()
+
     def _receive(self, wait: bool) -> None:
         """Takes in what has arrived; with `wait`, waits for something to arrive, a grammar that
         is being compiled, or room for news."""
-        if wait and (self._grammars.num_pending or self._detokenizer.is_behind):
-            self._requests.poll(POLL_MS)
-            wait = False
-        if wait and self._workers.spins:
-            end = time.perf_counter() + SPIN_SECONDS
-            while not self._requests.poll(0) and time.perf_counter() < end:
-                pass
-        for _ in range(AT_A_TIME):
+        if wait:
+            self._wait()
+            self._lane.skip()
+        end = time.perf_counter() + TAKE_IN_SECONDS
+        while time.perf_counter() < end:
             try:
-                frame = self._requests.recv(0 if wait else zmq.NOBLOCK)
+                frame = self._requests.recv(zmq.NOBLOCK)
             except zmq.Again:
                 return
-            if wait:
-                self._lane.skip()
-                wait = False
             match self._decoder.decode(frame):
                 case GenerateRequest() as request if grammar_kind(request.params) is not None:
                     self._grammars.submit(request)

@@ -6,6 +6,7 @@ import itertools
 import threading
 import time
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -43,6 +44,9 @@ M = TypeVar("M", bound=Message)
 Prompts = str | list[str] | list[int] | list[list[int]]
 Sampling = SamplingParams | dict[str, Any] | None
 _POLL_MS = 100
+_SEND_SECONDS = 1e-3
+"""Prompts are made ready for so long, then sent together: the router takes them in while the next
+ones are made ready, and its first step has more than one."""
 """How soon a dead process is noticed."""
 
 
@@ -108,28 +112,30 @@ class LLM:
              "completion_tokens": int, "cached_tokens": int, "finish_reason": {"type": ..., ...}}}
 
         There is no text with skip_tokenizer_init. sampling_params: one for all, or one for each.
-        Raises ValueError naming the prompt and the field at fault, before any prompt is run.
+        Raises ValueError naming the prompt and the field at fault; the other prompts are aborted.
         """
         all_ids = self._encode(prompts)
         params = self._sampling(sampling_params, len(all_ids))
-        requests = []
-        for i, (ids, p) in enumerate(zip(all_ids, params, strict=True)):
-            try:
-                handle = next(self._handles) & 0x7FFFFFFF
-                requests.append(self._limits.request(handle, ids, p))
-            except ValueError as error:
-                raise ValueError(f"prompts[{i}]: {error}") from None
         with self._lock:
             self._check_alive()
-            return self._run(requests, use_tqdm)
+            return self._run(all_ids, params, use_tqdm)
 
-    def _run(self, requests: list[GenerateRequest], use_tqdm: bool) -> list[dict[str, Any]]:
-        replies = {request.handle: _Reply() for request in requests}
-        waiting = len(replies)
+    def _run(
+        self, all_ids: list[list[int]], params: list[SamplingParams], use_tqdm: bool
+    ) -> list[dict[str, Any]]:
+        replies: dict[int, _Reply] = {}
+        waiting = len(all_ids)
         bar = tqdm(total=waiting, desc="generate", unit="req") if use_tqdm else None
         try:
-            for request in requests:
-                self._router.send(encode(request))
+            frames: list[bytes] = []
+            end = time.perf_counter() + _SEND_SECONDS
+            for request in self._requests(all_ids, params):
+                replies[request.handle] = _Reply()
+                frames.append(encode(request))
+                if time.perf_counter() > end:
+                    self._send(frames)
+                    end = time.perf_counter() + _SEND_SECONDS
+            self._send(frames)
             while waiting:
                 ended = 0
                 for delta in self._deltas():
@@ -142,7 +148,8 @@ class LLM:
                     if bar is not None:
                         bar.update(ended)
         except BaseException:
-            self._router.send(encode(AbortRequest(list(replies))))
+            if replies:
+                self._router.send(encode(AbortRequest(list(replies))))
             raise
         finally:
             if bar is not None:
@@ -225,6 +232,20 @@ class LLM:
         if grammar_kind(given) is not None and self.tokenizer is None:
             raise ValueError(f"{grammar_kind(given)} needs a tokenizer")
         return given
+
+    def _send(self, frames: list[bytes]) -> None:
+        for frame in frames:
+            self._router.send(frame)
+        frames.clear()
+
+    def _requests(
+        self, all_ids: list[list[int]], params: list[SamplingParams]
+    ) -> Iterator[GenerateRequest]:
+        for i, (ids, p) in enumerate(zip(all_ids, params, strict=True)):
+            try:
+                yield self._limits.request(next(self._handles) & 0x7FFFFFFF, ids, p)
+            except ValueError as error:
+                raise ValueError(f"prompts[{i}]: {error}") from None
 
     # --- replies -----------------------------------------------------------------------------
 

@@ -21,11 +21,10 @@ from sglang.attention.base import AttentionBackend
 from sglang.worker.rows import NUM_PARAMS, RowState, StepArrays
 from sglang.worker.staging import Field, Staging
 
-MAX_GRAPH_ROWS = 256
-"""Unless a flag says more."""
 MAX_PREFILL_TOKENS = 9216
-PREFILL_ROWS = 16
-"""In a graph of the second family: each costs its logits, whether the step has it or not."""
+PREFILL_ROWS, MIXED_ROWS = 16, 256
+"""In a graph of the second family, and of the last: each costs its logits, whether the step has it
+or not."""
 SHORT_ROW, MANY_TOKENS = 128, 512
 """Of the third family: attention's tiles for long rows would be mostly empty."""
 
@@ -106,10 +105,11 @@ class Family:
     fields: Callable[[StepArrays, int], list[Field]]
     """A step's inputs, in their order, padded to a size."""
     sizes: list[int]
+    max_rows: int
     graphs: dict[int, tuple[torch.cuda.CUDAGraph, GraphOutputs]] = field(default_factory=dict)
 
-    def holds(self, size: int) -> bool:
-        return bool(self.sizes) and size <= self.sizes[-1]
+    def holds(self, num_rows: int, size: int) -> bool:
+        return bool(self.sizes) and num_rows <= self.max_rows and size <= self.sizes[-1]
 
     def at_least(self, size: int) -> int:
         return self.sizes[bisect_left(self.sizes, size)]
@@ -131,17 +131,20 @@ class StepGraphs:
         self._attention = attention
         self._state = state
         self._pad_at = state.num_rows * state.max_len  # in the flat slot table
-        self._max_rows = max_rows
-        self._prefill_rows = min(PREFILL_ROWS, max_rows)
         longest = max_tokens if attention.captures_prefill else 0
         coarse, fine = prefill_sizes(longest, steps=2), prefill_sizes(longest, steps=4)
-        self._decode = Family(decode, DecodeInputs, self._decode_fields, decode_sizes(max_rows))
+        few, some = min(PREFILL_ROWS, max_rows), min(MIXED_ROWS, max_rows)
+        prefill_fields = partial(self._prefill_fields, max_rows=few)
+        short_fields = partial(self._mixed_fields, max_rows=max_rows)
+        mixed_fields = partial(self._mixed_fields, max_rows=some)
         of_any = partial(prefill, max_q_len=longest)
         of_short = partial(prefill, max_q_len=SHORT_ROW)
         many = [size for size in coarse if size >= MANY_TOKENS]
-        self._prefill = Family(of_any, PrefillInputs, self._prefill_fields, fine)
-        self._short = Family(of_short, PrefillInputs, self._mixed_fields, many)
-        self._mixed = Family(of_any, PrefillInputs, self._mixed_fields, coarse)
+        rows = decode_sizes(max_rows)
+        self._decode = Family(decode, DecodeInputs, self._decode_fields, rows, max_rows)
+        self._prefill = Family(of_any, PrefillInputs, prefill_fields, fine, few)
+        self._short = Family(of_short, PrefillInputs, short_fields, many, max_rows)
+        self._mixed = Family(of_any, PrefillInputs, mixed_fields, coarse, some)
         device = state.slot_table.device
         size = 5 * max(max_rows, longest) + (5 + NUM_PARAMS) * max_rows + 1
         self._inputs = torch.zeros(size, dtype=torch.int32, device=device)
@@ -194,16 +197,14 @@ class StepGraphs:
         """None: the step is larger than any graph. The outputs' first entries are the step's rows;
         valid until the next replay, in stream order."""
         num_rows, num_tokens = len(step.rows), len(step.positions)
-        if num_rows > self._max_rows:
-            return None
         family = self._mixed
         if step.num_decode == num_rows:
             family = self._decode
-        elif step.num_decode == 0 and num_rows <= self._prefill_rows:
+        elif step.num_decode == 0 and num_rows <= self._prefill.max_rows:
             family = self._prefill
         elif num_tokens >= MANY_TOKENS and step.q_lens.max() <= SHORT_ROW:
             family = self._short
-        if not family.holds(num_tokens):
+        if not family.holds(num_rows, num_tokens):
             return None
         size = family.at_least(num_tokens)
         if family is self._decode:
@@ -224,16 +225,16 @@ class StepGraphs:
             Field(step.grown_at, size, self._pad_at),
         ]
 
-    def _mixed_fields(self, step: StepArrays, size: int) -> list[Field]:
+    def _mixed_fields(self, step: StepArrays, size: int, max_rows: int) -> list[Field]:
         """PrefillInputs of `size` tokens in as many rows as there may be, of which some decode."""
-        num_rows, d = min(size, self._max_rows), step.num_decode
+        num_rows, d = min(size, max_rows), step.num_decode
         ids = np.concatenate((np.full(d, -1, dtype=np.int32), step.prefill_ids))
         decode_lens = Field(step.kv_lens[:d], num_rows)
         return [*self._row_fields(step, ids, size, num_rows), decode_lens]
 
-    def _prefill_fields(self, step: StepArrays, size: int) -> list[Field]:
+    def _prefill_fields(self, step: StepArrays, size: int, max_rows: int) -> list[Field]:
         """PrefillInputs of `size` tokens in few rows, none of which decodes."""
-        return self._row_fields(step, step.prefill_ids, size, min(size, self._prefill_rows))
+        return self._row_fields(step, step.prefill_ids, size, min(size, max_rows))
 
     def _row_fields(
         self, step: StepArrays, ids: np.ndarray, size: int, num_rows: int

@@ -18,7 +18,6 @@ from sglang.worker.batch import Batch
 from sglang.worker.compile_ahead import compile_ahead
 from sglang.worker.embeddings import PooledRow, Pooler
 from sglang.worker.graphs import (
-    MAX_GRAPH_ROWS,
     DecodeInputs,
     GraphOutputs,
     PrefillInputs,
@@ -140,7 +139,7 @@ class ModelRunner:
                 self._prefill,
                 self.attention,
                 self.rows,
-                max_rows=min(args.cuda_graph_max_bs or MAX_GRAPH_ROWS, num_rows),
+                max_rows=min(args.cuda_graph_max_bs or num_rows, num_rows),
                 max_tokens=min(
                     self.chunk_size + num_rows,
                     longest_worthwhile(config.weights_per_layer // tp.size),
