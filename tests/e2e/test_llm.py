@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import time
 
 import psutil
 import pytest
@@ -96,6 +97,16 @@ def test_the_cache_can_be_flushed(llm):
 def test_what_is_wrong_with_a_call_is_a_value_error(llm, prompts, params, part):
     with pytest.raises(ValueError, match=part):
         llm.generate(prompts, params, use_tqdm=False)
+
+
+def test_a_wrong_prompt_among_many_ends_the_others(llm, monkeypatch):
+    monkeypatch.setattr("sglang.server.llm._SEND_SECONDS", 0.0)  # they run before it is looked at
+    with pytest.raises(ValueError, match=r"prompts\[40\]: prompt must not be empty"):
+        llm.generate(["hi"] * 40 + [""], {**GREEDY, "max_new_tokens": 500}, use_tqdm=False)
+    assert llm.generate(PROMPTS[0], GREEDY, use_tqdm=False)[0]["text"].startswith(" Paris")
+    while (stats := llm.stats()).running:
+        time.sleep(0.01)
+    assert stats.used_tokens == stats.queued == 0
 
 
 SCRIPT = """

@@ -65,3 +65,22 @@ def test_half_precision_is_near(dtype, tmp_path):
         wanted = theirs(torch.tensor([ids])).logits[0]
     error = (tiny.our_logits(ours, ids) - wanted).pow(2).mean().sqrt() / wanted.std()
     assert 1e-5 < error < (0.03 if dtype == "bfloat16" else 0.004)
+
+
+@pytest.mark.parametrize("window", [None, 7])
+def test_the_last_layer_may_go_on_with_the_last_tokens_alone(window, tmp_path):
+    tiny.make("Mistral", sliding_window=window).save_pretrained(tmp_path)
+    model, _ = tiny.load(tmp_path)
+    layers = []
+    for layer in model.layers:
+        layer.mlp.register_forward_hook(lambda mlp, args, out: layers.append(len(args[0])))
+    whole, lasts = tiny.Session(model), tiny.Session(model)
+    ids = torch.arange(60).tolist()
+    steps = [({0: ids[:20], 1: ids[:5]}, 0), ({1: ids[5:6], 0: ids[20:50], 2: ids[7:9]}, 1)]
+    for new, num_decode in steps:
+        expected = whole.step(new, num_decode)
+        layers.clear()
+        got = lasts.step(new, num_decode, of_last=True)
+        assert layers[-1] == len(new) < layers[0]
+        for wanted, logits in zip(expected, got, strict=True):
+            torch.testing.assert_close(logits, wanted[-1:], atol=1e-4, rtol=1e-4)

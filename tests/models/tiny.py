@@ -72,8 +72,11 @@ class Session:
         self.lens = [0] * num_rows
 
     @torch.inference_mode()
-    def step(self, new: dict[int, list[int]], num_decode: int = 0) -> list[torch.Tensor]:
-        """Row -> its new tokens, decode rows first. Returns each row's logits, [tokens, V]."""
+    def step(
+        self, new: dict[int, list[int]], num_decode: int = 0, of_last: bool = False
+    ) -> list[torch.Tensor]:
+        """Row -> its new tokens, decode rows first. Returns each row's logits, [tokens, V], or
+        [1, V] of its last token."""
         q_lens = [len(tokens) for tokens in new.values()]
         positions: list[int] = []
         for row, tokens in new.items():
@@ -99,12 +102,14 @@ class Session:
             attention=self.attention,
             kv_cache=self.pool,
             max_q_len=max(q_lens),
+            last=_int32(np.cumsum(q_lens) - 1) if of_last else None,
             q_lens_host=np.array(q_lens),
             kv_lens_host=np.array(kv_lens),
         )
         self.attention.begin(batch)
         hidden = self.model(batch.input_ids, batch.positions, batch)
-        return list(self.model.logits(hidden).float().split(q_lens))
+        logits = self.model.logits(hidden).float()
+        return list(logits.split([1] * len(q_lens) if of_last else q_lens))
 
 
 def our_logits(model: torch.nn.Module, ids: list[int]) -> torch.Tensor:

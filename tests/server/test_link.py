@@ -30,6 +30,17 @@ def test_frames_of_any_size_arrive_whole_and_in_order(ends):
     assert not far.poll()
 
 
+@pytest.mark.parametrize("spins", [False, True])
+def test_who_waits_awake_or_asleep_gets_what_comes(ends, spins: bool):
+    near, far = ends
+    far.spins = spins
+    assert not far.poll(0.03), "longer than it spins"
+    timer = threading.Timer(0.05, near.send_bytes, (b"first", b"second"))
+    timer.start()
+    assert far.recv_bytes() == b"first"
+    assert far.poll() and far.recv_bytes() == b"second"
+
+
 def test_an_end_that_is_gone_is_noticed_after_what_it_said(tmp_path):
     arriving = listen(str(tmp_path / "link"))
     near, far = connect(str(tmp_path / "link")), next(arriving)
