@@ -190,8 +190,9 @@ def _decode_kernel(
 ):
     """The tiles of all rows, end to end, are cut into equal shares, one for each program: so all
     end at about the same time, whatever the rows' lengths. A share may begin and end within a row;
-    of a row's parts, the one that ends last merges all. But if no row is much longer than a share,
-    a program takes a row: SMs are not equally quick, and those that are take more rows.
+    of a row's parts, the one that ends last merges all. But if there are as many programs as rows,
+    these are not short, and none is much longer than a share, a program takes a row: SMs are not
+    equally quick, and those that are take more rows.
 
     A head's elements are in two parts, a and b, that are multiplied apart. Of a 16-bit cache that
     is its first half and the rest. An 8-bit cache is read as pairs, of which a is the first: so the
@@ -227,7 +228,8 @@ def _decode_kernel(
     share = tl.maximum(share, MIN_TILES)
     first_tile = program * share
     end_tile = tl.minimum(first_tile + share, total_tiles)
-    whole_rows = (4 * longest <= 5 * share) & (tl.num_programs(1) >= num_rows)
+    are_even = (4 * longest <= 5 * share) & (total_tiles >= 8 * num_rows)
+    whole_rows = are_even & (tl.num_programs(1) >= num_rows)
     if whole_rows:
         first_tile = tl.sum(tl.where(r < program, tiles, 0), 0)
         end_tile = tl.sum(tl.where(r <= program, tiles, 0), 0)
@@ -346,7 +348,8 @@ def decode_attention_triton(
         return out
     heads = num_kv_heads * triton.cdiv(group, 16)
     shares = min(num_rows * config.max_parts, max(config.programs // heads, 1))
-    programs = max(shares, num_rows)
+    # Those that find no work take time too.
+    programs = num_rows if shares < num_rows <= 4 * shares else shares
     f32 = {"dtype": torch.float32, "device": q.device}
     partial = torch.empty(programs, 2, num_q_heads, dim, **f32)
     lse = torch.empty(programs, 2, num_q_heads, **f32)
