@@ -19,9 +19,10 @@ from functools import partial
 import torch
 import triton
 import triton.language as tl
-from kernel_cases import CASES, FP8, Call, Timed, randn
+from kernel_cases import CASES, DTYPE, FP8, Call, Timed, randn
 
 from sglang.kernels import decode_attention, extend_attention, gemv
+from sglang.kernels.launch import multiprocessors
 
 
 def seconds_per_call(calls: list[Call], budget: float = 0.03) -> float:
@@ -80,30 +81,22 @@ def sweep_candidates(section: str) -> Iterator[tuple[tuple, list[tuple[str, dict
     """(case arguments, [(label, keyword arguments of `timed`)])."""
     if section == "decode":
         Config = decode_attention.DecodeConfig
-        tiles = [(64, 4, 2), (64, 4, 3), (64, 4, 4), (128, 4, 2), (128, 4, 3)]
+        sms = multiprocessors(torch.device("cuda", torch.cuda.current_device()))
+        tiles = [(32, 1, 2), (32, 1, 3), (32, 2, 3), (64, 2, 2), (64, 2, 3)]
         for shape in (
-            (256, 560, 32, 32, 128), (256, 1024, 16, 8, 128), (256, 1024, 16, 8, 128, FP8),
-            (256, 560, 32, 32, 128, FP8), (64, 1024, 16, 8, 128, FP8),
+            (1, 300, 16, 8, 128), (1, 4096, 16, 8, 128), (1, 300, 32, 32, 128),
+            (8, 2048, 16, 8, 128), (16, 500, 32, 32, 128),
+            (256, 560, 16, 8, 128), (256, 24, 16, 8, 128), (64, 1427, 16, 8, 128, DTYPE, True),
+            (256, 560, 32, 32, 128), (256, 24, 32, 32, 128), (64, 1427, 32, 32, 128, DTYPE, True),
+            (256, 560, 16, 8, 128, FP8), (256, 560, 32, 32, 128, FP8),
+            (64, 1427, 32, 32, 128, FP8, True),
         ):  # fmt: skip
-            configs = [Config(*tile, 4, 1024) for tile in tiles]
-            yield (
-                shape,
-                [(f"{tile}", {"config": c}) for tile, c in zip(tiles, configs, strict=True)],
-            )
-        for shape in (
-            (1, 160, 16, 8, 128), (1, 1024, 16, 8, 128), (1, 4096, 16, 8, 128),
-            (1, 160, 32, 32, 128), (1, 2048, 32, 32, 128), (8, 2048, 16, 8, 128),
-            (64, 2048, 16, 8, 128), (256, 2048, 16, 8, 128), (256, 400, 16, 8, 128),
-            (256, 400, 32, 32, 128), (1, 32768, 16, 8, 128),
-        ):  # fmt: skip
+            each = itertools.product(tiles, (4, 6, 8), (32, 64) if shape[0] == 1 else (64,))
             yield (
                 shape,
                 [
-                    (f"n{n} splits {m} of {t}", {"config": Config(n, 4, s, m, t)})
-                    for n, s in ((64, 3), (128, 2))
-                    for m in ((8, 32, 64) if shape[0] == 1 else (1, 2, 4, 8))
-                    for t in ((64, 128, 256) if shape[0] == 1 else (256, 1024))
-                    if t >= n and (m > 1 or t == 256)
+                    (f"{tile} {n} an SM, {least} tokens", {"config": Config(*tile, n * sms, least)})
+                    for tile, n, least in each
                 ],
             )
     elif section == "extend":

@@ -322,7 +322,7 @@ def _decode_kernel(
 
 def _rows_padded(num_rows: int) -> int:
     """Few sizes: each costs compiling the kernel anew."""
-    return 16 if num_rows <= 16 else max(256, 4 ** math.ceil(math.log(num_rows, 4)))
+    return 16 if num_rows <= 16 else max(256, 4 ** (((num_rows - 1).bit_length() + 1) // 2))
 
 
 def decode_attention_triton(

@@ -389,6 +389,7 @@ def extend_attention_triton(
         BLOCK_D=block_d,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
+        # One size for nearly all: each costs compiling the kernel anew.
         ROWS_PADDED=max(1024, triton.next_power_of_2(num_rows)),
         MAX_SPLITS=splits,
         num_warps=config.num_warps,
