@@ -110,7 +110,9 @@ class ServerArgs:
         None, "KV slots (default: what mem-fraction-static leaves on a GPU, 32768 on a CPU)"
     )
     max_running_requests: int | None = _flag(
-        None, "requests in a batch at most (default: 1024 on a GPU, 64 on a CPU)"
+        None,
+        "requests in a batch at most (default: 1024 on a GPU of 64 GB or more, 256 on others, 64 "
+        "on a CPU)",
     )
     chunked_prefill_size: int | None = _flag(
         None,

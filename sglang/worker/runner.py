@@ -70,9 +70,11 @@ class Limits:
     def of(cls, args: ServerArgs, config: ModelConfig, device: torch.device) -> Limits:
         rows, chunk, slots = 64, 512, 32768
         if device.type == "cuda":
+            # Each CUDA graph keeps the logits of its rows.
+            has_room = torch.cuda.get_device_properties(device).total_memory >= 64 << 30
             # Long steps are quicker in all, but those who are decoding wait for them.
             is_small = config.weights_per_layer * config.num_layers < 1e9
-            rows, chunk, slots = 1024, 16384 if is_small else 8192, None
+            rows, chunk, slots = 1024 if has_room else 256, 16384 if is_small else 8192, None
         return cls(
             args.max_running_requests or rows,
             args.chunked_prefill_size or chunk,
