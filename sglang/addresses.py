@@ -19,6 +19,12 @@ from dataclasses import dataclass
 import zmq
 
 
+SPIN_SECONDS = 0.02
+"""So long who waits for a GPU's next step stays awake. Who sleeps wakes late, with a core that is
+slow and a cache that others have used: in all, a step of a lone request took a third of a
+millisecond longer."""
+
+
 @dataclass(frozen=True)
 class Addresses:
     folder: str
@@ -65,12 +71,6 @@ def connect_outbox(context: zmq.Context, address: str) -> zmq.Socket:
     return socket
 
 
-SPIN_SECONDS = 0.02
-"""So long who waits for a GPU's next step stays awake. Who sleeps wakes late, with a core that is
-slow and a cache that others have used: in all, a step of a lone request took a third of a
-millisecond longer."""
-
-
 class Link:
     """One end of a Unix socket that carries frames, each behind its length. Several are sent, and
     what has come is read, in one system call: they are what a message costs."""
@@ -78,7 +78,8 @@ class Link:
     def __init__(self, end: socket.socket) -> None:
         self._socket = end
         self.spins = False
-        """Whoever waits here stays awake for SPIN_SECONDS first."""
+        """Whoever waits here stays awake until SPIN_SECONDS after the last message."""
+        self._awake_until = 0.0
         self._readable = select.poll()
         self._readable.register(end, select.POLLIN)
         self._read = bytearray()
@@ -87,6 +88,7 @@ class Link:
 
     def send_bytes(self, *frames: bytes) -> None:
         self._socket.sendall(_join(frames))
+        self._awake_until = time.perf_counter() + SPIN_SECONDS
 
     def post(self, frame: bytes) -> None:
         """Without waiting: what the other end has no room for is for `flush` to send."""
@@ -106,27 +108,29 @@ class Link:
     def poll(self, seconds: float = 0.0) -> bool:
         """Whether there is something to receive, or will be within that time. Only this method can
         tell, and not the socket, from which it may have been read already."""
-        if self._read or (self.spins and self._spin(min(seconds, SPIN_SECONDS))):
-            return True
-        return bool(self._readable.poll(1e3 * seconds))
+        return bool(self._read or self._spin(seconds) or self._readable.poll(1e3 * seconds))
 
     def _spin(self, seconds: float) -> bool:
-        end = time.perf_counter() + seconds
-        while not (is_readable := self._readable.poll(0)) and time.perf_counter() < end:
-            pass
-        return bool(is_readable)
+        """Whether there is something to read after so much time at most, all of it awake."""
+        if not self.spins:
+            return False
+        end = min(time.perf_counter() + seconds, self._awake_until)
+        while time.perf_counter() < end:
+            if self._readable.poll(0):
+                return True
+        return False
 
     def recv_bytes(self) -> bytes:
         """The next frame. Raises EOFError if the other end is gone."""
         read = self._read
         while len(read) < 4 or len(read) < (end := 4 + int.from_bytes(read[:4], "little")):
             size = len(read)
-            if self.spins:
-                self._spin(SPIN_SECONDS)
+            self._spin(SPIN_SECONDS)
             # In C from there to here: a Ctrl-C comes before or after, and nothing is lost by it.
             any(map(read.extend, map(self._socket.recv, (1 << 16,))))
             if len(read) == size:
                 raise EOFError
+        self._awake_until = time.perf_counter() + SPIN_SECONDS
         frame = bytes(read[4:end])
         del read[:end]
         return frame

@@ -31,14 +31,26 @@ def test_frames_of_any_size_arrive_whole_and_in_order(ends):
 
 
 @pytest.mark.parametrize("spins", [False, True])
-def test_who_waits_awake_or_asleep_gets_what_comes(ends, spins: bool):
+@pytest.mark.parametrize("pause", [0.0, 0.01, 0.05])
+def test_who_waits_awake_or_asleep_gets_what_comes(ends, spins: bool, pause: float):
     near, far = ends
     far.spins = spins
-    assert not far.poll(0.03), "longer than it spins"
-    timer = threading.Timer(0.05, near.send_bytes, (b"first", b"second"))
-    timer.start()
+    near.send_bytes(b"zeroth")
+    assert far.recv_bytes() == b"zeroth"
+    threading.Timer(pause, near.send_bytes, (b"first", b"second")).start()
     assert far.recv_bytes() == b"first"
     assert far.poll() and far.recv_bytes() == b"second"
+    assert not far.poll(0.03)
+
+
+def test_who_is_awake_falls_asleep_when_nothing_comes(ends):
+    _, far = ends
+    far.spins = True
+    far.send_bytes(b"a question")
+    before = time.process_time()
+    for _ in range(20):
+        assert not far.poll(0.03)
+    assert time.process_time() - before < 0.2
 
 
 def test_an_end_that_is_gone_is_noticed_after_what_it_said(tmp_path):
