@@ -18,7 +18,6 @@ from dataclasses import dataclass
 
 import zmq
 
-
 SPIN_SECONDS = 0.02
 """So long who waits for a GPU's next step stays awake. Who sleeps wakes late, with a core that is
 slow and a cache that others have used: in all, a step of a lone request took a third of a

@@ -68,6 +68,15 @@ def test_decode_agrees_with_its_twin(seed: int) -> None:
         assert_close(out, expected)
 
 
+def test_a_program_may_have_many_rows() -> None:
+    rng, n, dtype = random.Random(0), 1000 if GPU else 260, DTYPES[0]
+    cache, q = Cache(n, 40, 1, 64, dtype), randn(n, 2, 64, dtype=dtype)
+    args = (*cache.args(), int32([rng.randint(0, 40) for _ in range(n)]), 0.125, 0)
+    config = DecodeConfig(64, 4, 2, 3)
+    out = decode_attention_triton(q, *args, config, torch.zeros_like(q))
+    assert_close(out, decode_attention_naive(q, *args))
+
+
 @pytest.mark.parametrize("seed", seeds(50, 24))
 def test_extend_agrees_with_its_twin(seed: int) -> None:
     rng = random.Random(seed)
