@@ -22,6 +22,7 @@ from sglang.kernels.launch import (
     counters,
     launch_next,
     multiprocessors,
+    padded_rows,
     pdl,
     wait_for_previous,
 )
@@ -78,6 +79,10 @@ def decode_attention_naive(
     return out
 
 
+MAX_PARTS = 16
+"""Of a row."""
+
+
 @dataclass(frozen=True)
 class DecodeConfig:
     """How the work is cut. The launch grid follows from the shapes alone, so it fits a CUDA graph;
@@ -90,8 +95,6 @@ class DecodeConfig:
     """As many as the GPU holds at once, or less: of all KV heads together."""
     min_tokens: int = 64
     """A program's share at least."""
-    max_parts: int = 16
-    """Of a row."""
 
 
 @cache
@@ -320,11 +323,6 @@ def _decode_kernel(
                     tl.store(out_at, out.to(dtype), mask=d < D)
 
 
-def _rows_padded(num_rows: int) -> int:
-    """Few sizes: each costs compiling the kernel anew."""
-    return 16 if num_rows <= 16 else max(256, 4 ** (((num_rows - 1).bit_length() + 1) // 2))
-
-
 def decode_attention_triton(
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -347,7 +345,7 @@ def decode_attention_triton(
     if num_rows == 0:
         return out
     heads = num_kv_heads * triton.cdiv(group, 16)
-    shares = min(num_rows * config.max_parts, max(config.programs // heads, 1))
+    shares = min(num_rows * MAX_PARTS, max(config.programs // heads, 1))
     # Those that find no work take time too.
     programs = num_rows if shares < num_rows <= 4 * shares else shares
     f32 = {"dtype": torch.float32, "device": q.device}
@@ -370,8 +368,8 @@ def decode_attention_triton(
         BLOCK_D=triton.next_power_of_2(dim),
         BLOCK_N=config.block_n,
         MIN_TILES=triton.cdiv(config.min_tokens, config.block_n),
-        MAX_PARTS=config.max_parts,
-        ROWS_PADDED=_rows_padded(num_rows),
+        MAX_PARTS=MAX_PARTS,
+        ROWS_PADDED=padded_rows(num_rows, 16, 256, 1024),
         PAIRS=pairs,
         ASM=not isinstance(_decode_kernel, InterpretedFunction),
         num_warps=config.num_warps,

@@ -15,7 +15,14 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from sglang.kernels.launch import FLOAT32, counters, launch_next, pdl, wait_for_previous
+from sglang.kernels.launch import (
+    FLOAT32,
+    counters,
+    launch_next,
+    padded_rows,
+    pdl,
+    wait_for_previous,
+)
 
 try:
     from sglang.kernels import extend_attention_hopper as hopper
@@ -389,8 +396,7 @@ def extend_attention_triton(
         BLOCK_D=block_d,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
-        # One size for nearly all: each costs compiling the kernel anew.
-        ROWS_PADDED=max(1024, triton.next_power_of_2(num_rows)),
+        ROWS_PADDED=padded_rows(num_rows, 1024),
         MAX_SPLITS=splits,
         num_warps=config.num_warps,
         num_stages=config.num_stages,

@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
@@ -37,7 +36,7 @@ from sglang.kernels.hopper import (
     stage,
     tiles_of,
 )
-from sglang.kernels.launch import counters
+from sglang.kernels.launch import counters, padded_rows
 
 # In Triton 3.9 it is `async_load`.
 load_rows = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
@@ -371,7 +370,7 @@ def extend_attention_hopper(
         HEADS=num_q_heads // pack,
         GROUP=group,
         PACK=pack,
-        ROWS_PADDED=max(1024, triton.next_power_of_2(len(rows))),
+        ROWS_PADDED=padded_rows(len(rows), 1024),
         num_warps=4,
         launch_pdl=True,
     )  # fmt: skip

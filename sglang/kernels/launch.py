@@ -42,6 +42,12 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def padded_rows(num_rows: int, *sizes: int) -> int:
+    """The first of these sizes that holds them, or a power of two: each size costs compiling a
+    kernel anew."""
+    return next((s for s in sizes if num_rows <= s), triton.next_power_of_2(num_rows))
+
+
 @triton.jit
 def wait_for_previous(PDL: tl.constexpr):
     if PDL:

@@ -32,6 +32,7 @@ class Attention(nn.Module):
         super().__init__()
         heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         self.layer = layer
+        self.is_last = layer == config.num_layers - 1
         self.num_heads = heads // tp.size
         self.num_kv_heads = max(1, kv_heads // tp.size)
         self.scale = head_dim**-0.5
@@ -59,7 +60,6 @@ class Attention(nn.Module):
         positions: torch.Tensor,
         cos_sin: torch.Tensor,
         batch: Batch,
-        is_last: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """x, residual [T, H] -> summands of x + residual + attention of norm(x + residual); the
         tokens' K and V go into batch.kv_cache. In the last layer, the summands of tokens batch.last
@@ -73,7 +73,7 @@ class Attention(nn.Module):
             None if self.k_norm is None else self.k_norm.weight,
             self.eps, scale,
         )  # fmt: skip
-        if is_last and batch.last is not None:
+        if self.is_last and batch.last is not None:
             q, residual = (x.index_select(0, batch.last) for x in (q, residual))
             batch = batch.of_last_tokens()
             batch.attention.begin(batch)

@@ -82,12 +82,11 @@ class DecoderLayer(nn.Module):
         positions: torch.Tensor,
         cos_sin: torch.Tensor,
         batch: Batch,
-        is_last: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The layer's input is x + residual, [T, H]; so is what it returns. No residual is zero.
         The last layer returns what it makes of tokens batch.last only, if they are given."""
         norm = self.input_layernorm
-        x, residual = self.self_attn(x, residual, norm, positions, cos_sin, batch, is_last)
+        x, residual = self.self_attn(x, residual, norm, positions, cos_sin, batch)
         return self.mlp(x, residual, self.post_attention_layernorm)
 
 
@@ -140,9 +139,8 @@ class Decoder(nn.Module):
         """int32 [T], int32 [T] -> hidden states [T, H] after the final norm, or [n, H] of tokens
         batch.last if these are given: K and V are all that the last layer makes of the others."""
         x, residual = self.embed_tokens(input_ids), None
-        *_, last = self.layers
         for layer in self.layers:
-            x, residual = layer(x, residual, positions, self.cos_sin, batch, layer is last)
+            x, residual = layer(x, residual, positions, self.cos_sin, batch)
         return self.norm(x, residual)[0]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,15 @@ import time
 
 import zmq
 
-from sglang.addresses import SPIN_SECONDS, Addresses, Link, bind_inbox, connect_outbox, listen
+from sglang.addresses import (
+    SPIN_SECONDS,
+    Addresses,
+    Link,
+    bind_inbox,
+    connect_outbox,
+    listen,
+    stay_awake,
+)
 from sglang.messages import (
     AbortRequest,
     Decoder,
@@ -155,12 +163,9 @@ class Router:
         if self._grammars.num_pending or self._detokenizer.is_behind:
             self._requests.poll(POLL_MS)
             return
-        if self._workers.spins:
-            end = time.perf_counter() + SPIN_SECONDS
-            while time.perf_counter() < end:
-                if self._requests.poll(0):
-                    return
-        self._requests.poll()
+        end = time.perf_counter() + SPIN_SECONDS
+        if not (self._workers.spins and stay_awake(lambda: self._requests.poll(0), end)):
+            self._requests.poll()
 
     def _receive(self, wait: bool) -> None:
         """Takes in what has arrived; with `wait`, waits for something to arrive, a grammar that

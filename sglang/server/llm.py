@@ -44,10 +44,10 @@ M = TypeVar("M", bound=Message)
 Prompts = str | list[str] | list[int] | list[list[int]]
 Sampling = SamplingParams | dict[str, Any] | None
 _POLL_MS = 100
+"""How soon a dead process is noticed."""
 _SEND_SECONDS = 2e-3
 """Prompts are made ready for so long, then sent together: the router takes them in while the next
 ones are made ready, and its first step has more than one."""
-"""How soon a dead process is noticed."""
 
 
 class LLM:

@@ -102,14 +102,17 @@ class Family:
 
     run: Callable[..., GraphOutputs]
     inputs_class: type
-    fields: Callable[[StepArrays, int], list[Field]]
-    """A step's inputs, in their order, padded to a size."""
+    fields: Callable[[StepArrays, int, int], list[Field]]
+    """A step's inputs, in their order, padded to so many tokens and rows."""
     sizes: list[int]
     max_rows: int
     graphs: dict[int, tuple[torch.cuda.CUDAGraph, GraphOutputs]] = field(default_factory=dict)
 
     def holds(self, num_rows: int, size: int) -> bool:
         return bool(self.sizes) and num_rows <= self.max_rows and size <= self.sizes[-1]
+
+    def padded(self, step: StepArrays, size: int) -> list[Field]:
+        return self.fields(step, size, min(size, self.max_rows))
 
     def at_least(self, size: int) -> int:
         return self.sizes[bisect_left(self.sizes, size)]
@@ -134,17 +137,14 @@ class StepGraphs:
         longest = max_tokens if attention.captures_prefill else 0
         coarse, fine = prefill_sizes(longest, steps=2), prefill_sizes(longest, steps=4)
         few, some = min(PREFILL_ROWS, max_rows), min(MIXED_ROWS, max_rows)
-        prefill_fields = partial(self._prefill_fields, max_rows=few)
-        short_fields = partial(self._mixed_fields, max_rows=max_rows)
-        mixed_fields = partial(self._mixed_fields, max_rows=some)
         of_any = partial(prefill, max_q_len=longest)
         of_short = partial(prefill, max_q_len=SHORT_ROW)
         many = [size for size in coarse if size >= MANY_TOKENS]
         rows = decode_sizes(max_rows)
         self._decode = Family(decode, DecodeInputs, self._decode_fields, rows, max_rows)
-        self._prefill = Family(of_any, PrefillInputs, prefill_fields, fine, few)
-        self._short = Family(of_short, PrefillInputs, short_fields, many, max_rows)
-        self._mixed = Family(of_any, PrefillInputs, mixed_fields, coarse, some)
+        self._prefill = Family(of_any, PrefillInputs, self._prefill_fields, fine, few)
+        self._short = Family(of_short, PrefillInputs, self._mixed_fields, many, max_rows)
+        self._mixed = Family(of_any, PrefillInputs, self._mixed_fields, coarse, some)
         device = state.slot_table.device
         size = 5 * max(max_rows, longest) + (5 + NUM_PARAMS) * max_rows + 1
         self._inputs = torch.zeros(size, dtype=torch.int32, device=device)
@@ -177,7 +177,7 @@ class StepGraphs:
         """The inputs of a graph, where they will always be, and nothing but padding in them."""
         if family is self._decode:
             self._attention.plan_decode(np.empty(0, dtype=np.int32), size)
-        fields = family.fields(StepArrays.empty(), size)
+        fields = family.padded(StepArrays.empty(), size)
         sizes = [field.size for field in fields]
         self._staging.copy(fields)
         return family.inputs_class(*self._inputs[: sum(sizes)].split(sizes))
@@ -209,13 +209,13 @@ class StepGraphs:
         size = family.at_least(num_tokens)
         if family is self._decode:
             self._attention.plan_decode(step.kv_lens, size)
-        self._staging.copy(family.fields(step, size))
+        self._staging.copy(family.padded(step, size))
         graph, outputs = family.graphs[size]
         graph.replay()
         return outputs
 
-    def _decode_fields(self, step: StepArrays, size: int) -> list[Field]:
-        """DecodeInputs of `size` rows; those beyond the step's are padding."""
+    def _decode_fields(self, step: StepArrays, size: int, num_rows: int) -> list[Field]:
+        """DecodeInputs of `size` rows, a token each; those beyond the step's are padding."""
         return [
             Field(step.params, size),  # padding is greedy
             Field(step.rows, size, self._state.num_rows),
@@ -225,16 +225,16 @@ class StepGraphs:
             Field(step.grown_at, size, self._pad_at),
         ]
 
-    def _mixed_fields(self, step: StepArrays, size: int, max_rows: int) -> list[Field]:
+    def _mixed_fields(self, step: StepArrays, size: int, num_rows: int) -> list[Field]:
         """PrefillInputs of `size` tokens in as many rows as there may be, of which some decode."""
-        num_rows, d = min(size, max_rows), step.num_decode
+        d = step.num_decode
         ids = np.concatenate((np.full(d, -1, dtype=np.int32), step.prefill_ids))
         decode_lens = Field(step.kv_lens[:d], num_rows)
         return [*self._row_fields(step, ids, size, num_rows), decode_lens]
 
-    def _prefill_fields(self, step: StepArrays, size: int, max_rows: int) -> list[Field]:
+    def _prefill_fields(self, step: StepArrays, size: int, num_rows: int) -> list[Field]:
         """PrefillInputs of `size` tokens in few rows, none of which decodes."""
-        return self._row_fields(step, step.prefill_ids, size, min(size, max_rows))
+        return self._row_fields(step, step.prefill_ids, size, num_rows)
 
     def _row_fields(
         self, step: StepArrays, ids: np.ndarray, size: int, num_rows: int

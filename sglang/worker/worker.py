@@ -39,19 +39,13 @@ class Replies:
     ) -> None:
         """link: None on the ranks that say nothing. gpu_spans: None on a CPU."""
         self._steps: SimpleQueue[PendingStep] = SimpleQueue()
-        self._num_put = self._num_sent = 0
         self._link, self._lane, self._gpu_spans = link, lane, gpu_spans
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, args=(device,), name="reply", daemon=True)
         self._thread.start()
 
     def put(self, step: PendingStep) -> None:
-        self._num_put += 1
         self._steps.put(step)
-
-    def are_sent(self) -> bool:
-        """All of them: no step is under way."""
-        return self._num_sent == self._num_put
 
     def check(self) -> None:
         """Raises, on the launch thread, what ended the reply thread."""
@@ -70,7 +64,6 @@ class Replies:
                 if self._link is not None:
                     self._link.send_bytes(encode(result))
                 self._lane.lap("reply", step.step)
-                self._num_sent += 1
                 if self._gpu_spans is not None:
                     self._gpu_spans.tell(step.step)
         except BaseException as failure:
@@ -113,9 +106,7 @@ def _serve(
 ) -> None:
     """The launch thread's loop."""
     decoder = Decoder(ToWorker)
-    on_gpu = runner.device.type == "cuda"
     while True:
-        link.spins = on_gpu and replies.are_sent()  # else the reply thread would wait for the GIL
         while not link.poll(IDLE_SECONDS):
             replies.check()
         lane.skip()
