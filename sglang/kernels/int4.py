@@ -1,17 +1,14 @@
-"""Products of some and of many tokens with 4-bit weights (int4_weight.py): y = x W^T + bias.
+"""Products with 4-bit weights (int4_weight.py): y = x W^T + bias.
 
-Four ways to multiply, by the number of tokens: with one, nibbles are multiplied as they are
-(int4_gemv.py); with more, the problem is transposed (out^T = W x^T) so that the dequantized weights
-are the tensor cores' register operand and never pass through shared memory;
-with hundreds, on Hopper, some warps dequantize into shared memory while others multiply
-(int4_hopper.py); with many, weights are dequantized into scratch memory once and cuBLAS does the
-rest.
+One token is multiplied with nibbles as they are (int4_gemv.py). With more, the problem is
+transposed (out^T = W x^T) so that the dequantized weights are the tensor cores' register operand
+and never pass through shared memory: on Hopper by int4_hopper.py, elsewhere by the kernel here, and
+there many tokens have weights dequantized into scratch memory once, and cuBLAS does the rest.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +35,7 @@ except ImportError:  # Triton without Gluon, or with an older one
     hopper = None
 
 DOT_TOKENS = 512
-"""With more, dequantize first, where int4_hopper.py is not usable."""
+"""With more, it is quicker to dequantize first."""
 
 
 def int4_linear(x: torch.Tensor, w: Int4Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -48,10 +45,7 @@ def int4_linear(x: torch.Tensor, w: Int4Weight, bias: torch.Tensor | None = None
     if len(x) <= MAX_TOKENS:
         return int4_fused_linear_triton(x, w, bias)[0]
     if hopper is not None and hopper.usable(x, w):
-        shape = (len(x), w.packed.shape[0], w.num_inputs, hopper.multiprocessors(x.device))
-        quicker = hopper.estimate(hopper.choose_config(*shape), *shape) < dot_estimate(*shape)
-        if quicker or len(x) > DOT_TOKENS:
-            return hopper.int4_hopper_linear(x, w, bias)
+        return hopper.int4_hopper_linear(x, w, bias)
     if len(x) > DOT_TOKENS:
         return F.linear(x, dequantize_int4_triton(w, x.dtype), bias)
     return int4_dot_triton(x, w, bias)
@@ -161,17 +155,6 @@ def choose_config(num_tokens: int, n: int, k: int) -> DotConfig:
     tiles = triton.cdiv(n, block_n) * triton.cdiv(num_tokens, block_m)
     splits = min(_power_below(programs // tiles), 16, _power_below(k // 512))
     return DotConfig(block_m, block_n, splits, 4, 4 if block_m in (32, 64) and n <= 8192 else 3)
-
-
-@cache
-def dot_estimate(num_tokens: int, n: int, k: int, processors: int) -> float:
-    """Microseconds, of 128 tokens and more on a Hopper GPU, where two programs fit in an SM. What
-    steps of 128 inputs and sums take is measured, as what int4_hopper.py's estimate is made of."""
-    config = choose_config(num_tokens, n, k)
-    tiles = triton.cdiv(n, config.block_n) * triton.cdiv(num_tokens, config.block_m)
-    rounds = triton.cdiv(tiles * config.splits, 2 * processors)
-    sums = 4.0 + 1.5 * config.splits if config.splits > 1 else 0.0
-    return rounds * k / 128 / config.splits * 0.96 + sums
 
 
 def _power_below(x: int) -> int:

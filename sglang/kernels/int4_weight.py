@@ -18,8 +18,6 @@ import triton.language as tl
 
 BLOCK = 64
 """Inputs that are packed together; a row is filled up to a multiple of it."""
-MANY_TOKENS = 2048
-"""With more, it is quickest on any GPU to dequantize first: cuBLAS gains more than that takes."""
 
 
 @dataclass

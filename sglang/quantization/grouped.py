@@ -16,7 +16,7 @@ from torch import nn
 from sglang.kernels.gated_linear import gated_linear
 from sglang.kernels.int4 import dequantize_int4_triton, int4_linear
 from sglang.kernels.int4_gemv import MAX_TOKENS, int4_fused_linear
-from sglang.kernels.int4_weight import MANY_TOKENS, Int4Weight, pack_int4, pack_scales
+from sglang.kernels.int4_weight import Int4Weight, pack_int4, pack_scales
 from sglang.quantization.base import LinearMethod, StoredTensor
 from sglang.quantization.cpu import CPULinear
 from sglang.quantization.schemes import Scheme
@@ -25,6 +25,11 @@ if TYPE_CHECKING:
     from sglang.layers.linear import Linear
     from sglang.layers.norm import RMSNorm
     from sglang.models.checkpoint import Checkpoint
+
+
+MANY_TOKENS = 2048
+"""With more, kernels of dense weights gain more by what they do besides multiplying than it takes
+to dequantize."""
 
 
 @dataclass
@@ -147,7 +152,7 @@ class GroupedLinear(LinearMethod):
 
     @staticmethod
     def _wants_dense(layer: Linear, x: torch.Tensor, bias: torch.Tensor | None) -> bool:
-        """`int4_linear` would dequantize first, and do no more than multiply then."""
+        """Whether to dequantize first, for a kernel that does more than multiply."""
         many = layer.int4 is not None and len(x) > MANY_TOKENS
         return many and layer.input_order is None and bias is None
 

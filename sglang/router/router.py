@@ -116,29 +116,36 @@ class Router:
         self._tokenizer_manager.send(encode(ready))
 
     def run(self) -> None:
-        scheduler, flying, lane = self._scheduler, self._scheduler.flying, self._lane
+        scheduler, lane = self._scheduler, self._lane
         self._detokenizer = next(self._readers)
         while True:
-            self._receive(wait=scheduler.is_idle())
+            is_more = self._receive(wait=scheduler.is_idle())
             for request, grammar in self._grammars.done():
                 scheduler.add(request, grammar)
                 if grammar is None:
                     scheduler.abort([request.handle])
             lane.lap("receive")
-            if not self._plan() and flying:
-                if self._grammars.num_compiled:
-                    while not self._workers.has_result() and scheduler.follow_grammar():
-                        pass
-                result = self._workers.recv()
-                lane.skip()
-                flight = scheduler.take_in(result)
-                lane.lap("take in", result.step)
-                self._tell_detokenizer()
-                for _ in scheduler.put_away(flight):
-                    if not flying:  # the workers wait
-                        self._plan()
-                lane.lap("put away", result.step)
+            # While the workers compute, what else has arrived is taken in.
+            is_time = not is_more or self._workers.has_result()
+            if not self._plan() and scheduler.flying and is_time:
+                self._finish_step()
             self._tell_detokenizer()
+
+    def _finish_step(self) -> None:
+        """Waits for the result of the oldest step in flight."""
+        scheduler, lane = self._scheduler, self._lane
+        if self._grammars.num_compiled:
+            while not self._workers.has_result() and scheduler.follow_grammar():
+                pass
+        result = self._workers.recv()
+        lane.skip()
+        flight = scheduler.take_in(result)
+        lane.lap("take in", result.step)
+        self._tell_detokenizer()
+        for _ in scheduler.put_away(flight):
+            if not scheduler.flying:  # the workers wait
+                self._plan()
+        lane.lap("put away", result.step)
 
     def _plan(self) -> bool:
         """Sends the workers another step; False: there is none, or enough are in flight."""
@@ -167,9 +174,9 @@ class Router:
         if not (self._workers.spins and stay_awake(lambda: self._requests.poll(0), end)):
             self._requests.poll()
 
-    def _receive(self, wait: bool) -> None:
-        """Takes in what has arrived; with `wait`, waits for something to arrive, a grammar that
-        is being compiled, or room for news."""
+    def _receive(self, wait: bool) -> bool:
+        """Takes in what has arrived, BYTES_AT_A_TIME of it; whether there may be more. With `wait`,
+        waits for something to arrive, a grammar that is being compiled, or room for news."""
         if wait:
             self._wait()
             self._lane.skip()
@@ -178,7 +185,7 @@ class Router:
             try:
                 frame = self._requests.recv(zmq.NOBLOCK)
             except zmq.Again:
-                return
+                return False
             num_bytes += len(frame)
             match self._decoder.decode(frame):
                 case GenerateRequest() as request if grammar_kind(request.params) is not None:
@@ -201,6 +208,7 @@ class Router:
                 case StartProfile() | StopProfile() as message:
                     self._workers.tell(message)
                     self._recorder.handle(message)
+        return True
 
 
 def run_router(args: ServerArgs, model: ModelConfig, addresses: Addresses) -> None:

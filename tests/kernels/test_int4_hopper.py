@@ -25,24 +25,31 @@ def expected(x: torch.Tensor, w: Int4Weight, bias: torch.Tensor | None) -> torch
     return (out if bias is None else out + bias.float()).to(x.dtype)
 
 
+def most_splits(block_m: int, tokens: int, n: int, k: int) -> int:
+    """As many as leave each program one part at most."""
+    processors = hopper.multiprocessors(torch.device("cuda"))
+    left = hopper.HopperConfig(block_m, 1).shares(tokens, n, processors)[1]
+    return max(min(processors // max(left, 1), k // 128), 1)
+
+
 # --- on a GPU ------------------------------------------------------------------------------------
 
 
 @on_hopper
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("block_m", [128, 256])
+@pytest.mark.parametrize("block_m", list(hopper.TILES))
 @pytest.mark.parametrize("group", [32, 64, 128, 256])
 def test_agrees_with_its_twin_and_with_itself(group: int, block_m: int, dtype: torch.dtype) -> None:
     rng = random.Random(group * block_m)
     torch.manual_seed(0)
-    for i in range(8):
+    for i in range(5):
         k = rng.choice([256, 512, 1280, 4096])
         n = rng.choice([128, 136, 1160, 2008, 4104])
-        tokens = rng.choice([1, block_m - 1, block_m, block_m + 37, rng.randint(1, 2048)])
+        tokens = rng.choice([2, block_m - 1, block_m, block_m + 37, rng.randint(1, 2048)])
         w = random_int4(n, k, group, torch.bfloat16)
         x = randn(tokens, k, dtype=dtype) / k**0.5
         bias = randn(n, dtype=dtype) if i % 2 else None
-        config = hopper.HopperConfig(block_m, rng.randint(1, min(8, k // 128)))
+        config = hopper.HopperConfig(block_m, rng.randint(1, most_splits(block_m, tokens, n, k)))
         outs = [hopper.int4_hopper_linear(x, w, bias, config) for _ in range(3)]
         assert_close(outs[0], expected(x, w, bias))
         assert torch.equal(outs[0], outs[1])
@@ -52,10 +59,12 @@ def test_agrees_with_its_twin_and_with_itself(group: int, block_m: int, dtype: t
 @on_hopper
 def test_full_rounds_and_parts_of_any_number_in_one_launch() -> None:
     torch.manual_seed(0)
-    w = random_int4(12288 - 8, 2048, 128, torch.bfloat16)
-    x = randn(512 + 3, 2048, dtype=torch.float16) / 2048**0.5
+    processors = hopper.multiprocessors(torch.device("cuda"))
+    w = random_int4((processors + 16) * 128 - 8, 2048, 128, torch.bfloat16)
+    x = randn(256 - 3, 2048, dtype=torch.float16) / 2048**0.5
     for splits in range(1, 9):
         config = hopper.HopperConfig(256, splits)
+        assert config.shares(len(x), w.packed.shape[0], processors) == (1, 16)
         assert_close(hopper.int4_hopper_linear(x, w, None, config), expected(x, w, None))
 
 
@@ -73,7 +82,7 @@ def test_a_captured_call_can_be_repeated() -> None:
     torch.manual_seed(0)
     w = random_int4(1160, 1024, 128, torch.bfloat16)
     x = randn(293, 1024, dtype=torch.bfloat16) / 32
-    config = hopper.HopperConfig(256, 3)
+    config = hopper.HopperConfig(256, 3)  # 20 tiles
     hopper.int4_hopper_linear(x, w, None, config)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -86,7 +95,7 @@ def test_a_captured_call_can_be_repeated() -> None:
 
 
 @on_hopper
-def test_is_called_where_it_is_quicker_and_for_nothing_that_it_cannot_do(monkeypatch) -> None:
+def test_is_called_for_more_than_one_token_and_for_nothing_that_it_cannot_do(monkeypatch) -> None:
     torch.manual_seed(0)
     calls = []
     kernel = hopper.int4_hopper_linear
@@ -101,11 +110,10 @@ def test_is_called_where_it_is_quicker_and_for_nothing_that_it_cannot_do(monkeyp
         assert_close(int4.int4_linear(x, w), expected(x, w, None))
         return len(calls) > 0
 
+    assert was_called(2, 4096, 4096)
     assert was_called(256, 12288, 4096)
-    assert was_called(1000, 4096, 4096)
-    assert not was_called(60, 12288, 4096)
-    assert not was_called(256, 4096, 4096)
-    assert not was_called(2100, 4096, 4096)
+    assert was_called(2100, 4096, 4096)
+    assert not was_called(1, 4096, 4096)
     assert not was_called(1000, 4100, 4096)
     assert not was_called(1000, 4096, 4032, 64)
     assert not was_called(1000, 4096, 4096 + 128, 96)
@@ -118,62 +126,57 @@ def test_is_called_where_it_is_quicker_and_for_nothing_that_it_cannot_do(monkeyp
 def test_items_are_all_steps_of_all_tiles_once(seed: int, monkeypatch) -> None:
     from sglang.kernels import hopper as shared
 
+    rng = random.Random(seed)
+    num_tokens, n, k = rng.randint(2, 5000), rng.randint(128, 6000), 128 * rng.randint(1, 90)
+    processors = rng.choice([5, 114, 132])
+    config = hopper.choose_config(num_tokens, n, k, processors)
+    rounds, left = config.shares(num_tokens, n, processors)
+    programs = processors if rounds else left * config.splits
+    assert programs <= processors
+    at = SimpleNamespace(program=0)
     host = SimpleNamespace(
-        maximum=max, minimum=min, where=lambda c, a, b: a if c else b, cdiv=lambda a, b: -(-a // b)
-    )
+        maximum=max, minimum=min, where=lambda c, a, b: a if c else b, cdiv=lambda a, b: -(-a // b),
+        program_id=lambda _: at.program, num_programs=lambda _: programs,
+    )  # fmt: skip
     for module in (hopper, shared):
         monkeypatch.setattr(module, "gl", host)
     monkeypatch.setattr(hopper, "tile_at", shared.tile_at.fn)
-    block_n = hopper.BLOCK_N.value
-    monkeypatch.setattr(hopper, "BLOCK_N", block_n)
-    rng = random.Random(seed)
-    num_tokens, n, steps = rng.randint(1, 5000), rng.randint(128, 6000), rng.randint(8, 90)
-    block_m, processors = rng.choice([128, 256]), rng.choice([5, 114, 132])
-    splits = rng.randint(1, 8)
-    tiles = host.cdiv(num_tokens, block_m) * host.cdiv(n, block_n)
-    whole = tiles if splits == 1 else tiles // processors * processors
-    items = whole + (tiles - whole) * splits
-    plan = SimpleNamespace(num_tokens=num_tokens, n=n, steps=steps, whole=whole, splits=splits)
-    done: dict[tuple[int, int], list[int]] = {}
-    for item in range(items):
-        m, first_n, first, end, split = hopper._tile.fn(item, plan, block_m)
-        assert m % block_m == first_n % block_n == 0
-        assert (split == 0) == (first == 0)
-        done.setdefault((m, first_n), []).extend(range(first, end))
-    assert len(done) == tiles
+    monkeypatch.setattr(hopper, "BLOCK_N", 128)
+    plan = hopper.Plan(num_tokens, n, k // 128, rounds, left, config.splits)
+    done: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for at.program in range(programs):
+        for i in range(hopper._num_items.fn(plan)):
+            m, first_n, first, end = hopper._item.fn(i, plan, config.block_m)
+            assert m % config.block_m == first_n % 128 == 0
+            assert first < end
+            done.setdefault((m, first_n), []).append((first, end))
+    assert len(done) == rounds * processors + left
     assert all(0 <= m < num_tokens and 0 <= first_n < n for m, first_n in done)
-    assert all(found == list(range(steps)) for found in done.values())
+    for parts in done.values():
+        assert [step for part in sorted(parts) for step in range(*part)] == list(range(k // 128))
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_the_choice_is_legal_and_has_the_least_estimate(seed: int) -> None:
     rng = random.Random(seed)
     k = 128 * rng.randint(1, 100)
-    shape = (rng.randint(128, 2048), 8 * rng.randint(16, 3000), k, rng.choice([78, 114, 132]))
+    shape = (rng.randint(2, 9000), 8 * rng.randint(16, 3000), k, rng.choice([78, 114, 132]))
     config = hopper.choose_config(*shape)
-    assert config.block_m in hopper.TILES
-    assert config.block_m * 5 <= shape[0] * 8
+    assert config.block_m >= min(shape[0], 128)
     assert 1 <= config.splits <= k // 128
-    assert config.shares(*shape[:2], shape[3])[1] < shape[3]
     took = hopper.estimate(config, *shape)
-    for block_m in (128, 256):
-        if block_m <= shape[0]:
-            assert took <= hopper.estimate(hopper.HopperConfig(block_m, 1), *shape)
+    assert all(took <= hopper.estimate(hopper.HopperConfig(m, 1), *shape) for m in (128, 256))
 
 
 @pytest.mark.parametrize(
-    "tokens, n, k, quicker",
+    "tokens, n, k, block_m, splits",
     [
-        (128, 4096, 4096, False), (128, 12288, 4096, False), (144, 22016, 4096, False),
-        (160, 22016, 4096, True), (192, 12288, 4096, True), (192, 4096, 4096, False),
-        (256, 4096, 4096, False), (256, 12288, 4096, True), (256, 22016, 4096, True),
-        (512, 4096, 4096, False), (512, 12288, 4096, True), (512, 22016, 4096, True),
-        (512, 4096, 11008, True),
+        (2, 4096, 4096, 16, 4), (16, 12288, 4096, 16, 1), (32, 4096, 11008, 32, 4),
+        (64, 22016, 4096, 64, 3), (128, 4096, 4096, 128, 4), (256, 4096, 4096, 128, 2),
+        (256, 12288, 4096, 256, 1), (256, 4096, 11008, 256, 4), (2048, 12288, 4096, 256, 1),
     ],
 )  # fmt: skip
-def test_estimates_know_which_kernel_was_quicker_on_an_h200(
-    tokens: int, n: int, k: int, quicker: bool
+def test_the_choice_is_what_was_quickest_on_an_h200(
+    tokens: int, n: int, k: int, block_m: int, splits: int
 ) -> None:
-    shape = (tokens, n, k, 132)
-    estimate = hopper.estimate(hopper.choose_config(*shape), *shape)
-    assert (estimate < int4.dot_estimate(*shape)) == quicker
+    assert hopper.choose_config(tokens, n, k, 132) == hopper.HopperConfig(block_m, splits)
