@@ -27,8 +27,10 @@ import triton
 from kernel_cases import copies
 from kernels import seconds_per_call
 
-from sglang.kernels import int4, int4_gemv, one_token, w8a8_gemv
+from sglang.kernels import int4, int4_gemv, int4_hopper, one_token, w8a8_gemv, w8a8_hopper
 from sglang.kernels import quant_w8a8 as w8a8
+from sglang.kernels.hopper import multiprocessors
+from sglang.kernels.hopper_split_k import Split, possible_splits
 from sglang.kernels.int4_weight import Int4Weight, pack_scales
 from sglang.kernels.quant_tokens import quantize_tokens, quantize_tokens_naive
 
@@ -57,7 +59,7 @@ FUSED = {
         Shape(6144, 4096, "normed"), Shape(28672, 4096, "gated"), Shape(4096, 14336),
     ],
 }  # fmt: skip
-TOKENS = (1, 8, 16, 64, 256, 4096)
+TOKENS = (1, 8, 16, 64, 128, 256, 4096)
 FORMATS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 DTYPE = torch.bfloat16
 
@@ -104,12 +106,16 @@ class Case:
                 return F.linear(x, int4.dequantize_int4_triton(weight, x.dtype))
             if isinstance(config, int4.DotConfig):
                 return int4.int4_dot_triton(x, weight, None, config)
+            if isinstance(config, Split):
+                return int4_hopper.int4_hopper_linear(x, weight, None, config)
             if config is None and not self.around:
                 return int4.int4_linear(x, weight)
             around = self.around or (None, None, None, 0.0, False)
             return int4_gemv.int4_fused_linear_triton(x, weight, *around, config)[0]
         if config == "library":
             return w8a8.scaled_matmul_library(*self.quantized, *weight, DTYPE)
+        if isinstance(config, Split):
+            return w8a8_hopper.w8a8_hopper(*self.quantized, *weight, DTYPE, None, config)
         if isinstance(config, w8a8.W8A8Config):
             return w8a8.scaled_matmul_triton(*self.quantized, *weight, DTYPE, None, config)
         if config is None and not w8a8_gemv.is_few(x, weight[0]):
@@ -134,6 +140,12 @@ class Case:
 
 def candidates(method: str, shape: Shape, tokens: int) -> list:
     found: list = [None]
+    processors = multiprocessors(torch.device("cuda"))
+    if processors and tokens > 1:
+        tiles = (int4_hopper if method == "int4" else w8a8_hopper).TILES
+        found += possible_splits(tiles, tokens, shape.n, shape.k, processors)
+        others = {"int4": ["dequantize"], "fp8": ["library"]} if tokens >= 64 else {}
+        return found + others.get(method, [])
     if method == "int4":
         if tokens == 1:
             found += [
@@ -149,6 +161,7 @@ def candidates(method: str, shape: Shape, tokens: int) -> list:
             8: [(8, 64, 4, 3), (8, 128, 4, 3), (8, 64, 2, 4), (8, 64, 4, 5), (16, 64, 4, 3)],
             16: [(16, 64, 4, 3), (16, 64, 2, 4), (16, 32, 4, 4), (16, 128, 8, 3), (16, 128, 4, 3)],
             64: [(64, 128, 8, 4), (64, 64, 4, 3), (64, 128, 4, 3), (32, 128, 8, 3)],
+            128: [(128, 64, 4, 3), (64, 128, 8, 4), (64, 64, 4, 3)],
             256: [(128, 128, 8, 3), (128, 64, 4, 3), (64, 128, 8, 4), (64, 64, 4, 3)],
             4096: [(128, 128, 8, 3)],
         }[tokens]
@@ -165,6 +178,7 @@ def candidates(method: str, shape: Shape, tokens: int) -> list:
         8: [(16, 64, 128, 4, 4), (8, 64, 128, 4, 4), (16, 64, 256, 4, 4), (16, 128, 128, 4, 4)],
         16: [(16, 64, 128, 4, 4), (16, 64, 256, 4, 4), (16, 128, 128, 4, 4), (16, 128, 256, 8, 3)],
         64: [(64, 64, 128, 4, 4), (64, 128, 128, 4, 4), (64, 128, 128, 8, 4), (64, 64, 256, 4, 3)],
+        128: [(128, 64, 128, 4, 4), (64, 128, 128, 4, 4)],
         256: [(128, 128, 128, 8, 4), (128, 64, 128, 4, 4), (64, 128, 128, 4, 4)],
         4096: [(128, 256, 128, 8, 3), (256, 128, 128, 8, 3), (128, 128, 128, 8, 4),
                (128, 128, 128, 4, 4)],
@@ -186,7 +200,7 @@ def compile_one(case: tuple) -> str:
 
 
 def sweep(methods: list[str], tokens: list[int], shapes: list[Shape], deadline: float) -> list:
-    # Kernels for several tokens depend on the configuration and not on the shape.
+    # Triton's kernels for several tokens depend on the configuration and not on the shape.
     cases = [
         (m, shape, t, config)
         for m in methods for t in tokens for i, shape in enumerate(shapes) if t == 1 or i == 0
@@ -249,6 +263,8 @@ def measure(
 def describe(config) -> str:
     if config is None or isinstance(config, str):
         return config or "default"
+    if isinstance(config, Split):
+        return f"{config.tile.block_m}/{config.splits}"
     return f"{type(config).__name__[:-6]}{tuple(vars(config).values())}".replace(" ", "")
 
 

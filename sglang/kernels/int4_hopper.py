@@ -1,23 +1,16 @@
-"""Products of some and of many tokens with 4-bit weights (int4_weight.py), in Gluon on Hopper:
+"""Products of two and more tokens with 4-bit weights (int4_weight.py), in Gluon on Hopper:
 y = x W^T + b.
 
-The product is transposed (out^T = W x^T). A program has three groups of warps: one loads, two
-multiply, each 64 outputs with BLOCK_M tokens. Weights are dequantized into registers, from which
-tensor cores take them; while one group does so, the other multiplies. Both read the same inputs
-from shared memory.
-
-Programs are persistent, one for each SM. Of what does not fill them evenly, the tiles behind the
-last full round, each is split along K into as many parts as leave every program one at most.
+A program (hopper_split_k.py) has three groups of warps: one loads, two multiply. Weights are
+dequantized into registers, from which tensor cores take them; while one group does so, the other
+multiplies. Both read the same inputs from shared memory.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cache
 from typing import NamedTuple
 
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -28,54 +21,22 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from sglang.kernels.hopper import (
-    barriers,
-    inside,
-    load_tile,
-    multiprocessors,
-    room_for,
-    tile_at,
-    tiles_of,
+from sglang.kernels.hopper import barriers, inside, load_tile, multiprocessors, room_for, tiles_of
+from sglang.kernels.hopper_split_k import (
+    BLOCK_N,
+    STEP,
+    Plan,
+    Split,
+    Tile,
+    choose_split,
+    finish,
+    item_at,
+    num_items,
+    place_of,
 )
-from sglang.kernels.hopper_sums import OUTPUTS, Parts, Place, add_up, store, store_part
-from sglang.kernels.int4_registers import INPUTS, WORDS, dequantize, of_group, scales_layout
+from sglang.kernels.hopper_sums import OUTPUTS
+from sglang.kernels.int4_registers import WORDS, dequantize, of_group, scales_layout
 from sglang.kernels.int4_weight import Int4Weight
-from sglang.kernels.launch import counters
-
-BLOCK_N = gl.constexpr(128)
-"""Outputs of a tile: of two groups."""
-STEP = INPUTS
-"""Inputs of a stage."""
-
-
-class Plan(NamedTuple):
-    """Each program has `rounds` tiles, then at most one of the `splits` parts of a tile left."""
-
-    num_tokens: gl.tensor
-    n: gl.tensor
-    steps: gl.tensor  # of a tile
-    rounds: gl.tensor
-    left: gl.tensor  # tiles
-    splits: gl.tensor
-
-
-@gluon.jit
-def _num_items(plan):
-    """Of a program: tiles, and a part of one."""
-    return plan.rounds + gl.where(gl.program_id(0) < plan.left * plan.splits, 1, 0)
-
-
-@gluon.jit
-def _item(i, plan, BLOCK_M: gl.constexpr):
-    """A program's i-th item: its tile's first token and first output, its first step and the one
-    behind its last."""
-    program = gl.program_id(0)
-    is_whole = i < plan.rounds
-    splits = gl.where(is_whole, 1, plan.splits)
-    split = gl.where(is_whole, 0, program % plan.splits)
-    tile = i * gl.num_programs(0) + program // splits
-    m, n = tile_at(tile, plan.num_tokens, plan.n, BLOCK_M, BLOCK_N)
-    return m, n, plan.steps * split // splits, plan.steps * (split + 1) // splits
 
 
 class Ring(NamedTuple):
@@ -104,8 +65,8 @@ def _load(x, words, scales, ring, plan, GROUP: gl.constexpr):
     BLOCK_M: gl.constexpr = x.block_shape[0]
     BYTES: gl.constexpr = x.block_type.nbytes + words.block_type.nbytes + scales.block_type.nbytes
     turn = 0
-    for item in range(_num_items(plan)):
-        own_m, own_n, first, end = _item(item, plan, BLOCK_M)
+    for item in range(num_items(plan)):
+        own_m, own_n, first, end = item_at(item, plan, BLOCK_M)
         m = inside(own_m, plan.num_tokens, BLOCK_M)
         n = inside(own_n, plan.n, BLOCK_N)
         early = 0
@@ -143,13 +104,12 @@ def _multiply(
     SCALE_SUMS: gl.constexpr = BLOCK_M <= 64 and GROUP % STEP == 0
     outputs = gl.arange(0, OUTPUTS, layout=gl.SliceLayout(1, ACC))
     turn = 0
-    for item in range(_num_items(plan)):
-        own_m, own_n, first, end = _item(item, plan, BLOCK_M)
-        m = inside(own_m, plan.num_tokens, BLOCK_M)
-        n = inside(own_n, plan.n, BLOCK_N) + half * OUTPUTS
+    for item in range(num_items(plan)):
+        own_m, own_n, first, end = item_at(item, plan, BLOCK_M)
+        place = place_of(half, out_ptr, plan, own_m, own_n, BLOCK_M)
         acc = gl.zeros([OUTPUTS, BLOCK_M], gl.float32, ACC)
         if bias_ptr is not None:
-            bias = gl.load(bias_ptr + n + outputs).to(gl.float32)
+            bias = gl.load(bias_ptr + place.n + outputs).to(gl.float32)
             acc += gl.where(first == 0, bias, 0.0)[:, None]
         for _step in range(first, end):
             i = turn % STAGES
@@ -171,16 +131,7 @@ def _multiply(
                 acc = warpgroup_mma_wait(0, deps=(acc,))
             mbarrier.arrive(ring.free.index(i))
             turn += 1
-        place = Place(out_ptr, plan.num_tokens, plan.n, m, n, own_m, own_n)
-        if item < plan.rounds or plan.splits == 1:
-            store(acc, place)
-        else:
-            tile = gl.program_id(0) // plan.splits * 2 + half
-            tile_ptr = sums_ptr + (tile * plan.splits).to(gl.int64) * (OUTPUTS * BLOCK_M)
-            own = gl.program_id(0) % plan.splits
-            parts = Parts(tile_ptr, counts_ptr + tile * 2, plan.splits, own)
-            store_part(acc, parts)
-            add_up(parts, BLOCK_M, place)
+        finish(acc, item, half, plan, place, sums_ptr, counts_ptr)
 
 
 @gluon.jit(do_not_specialize=["num_tokens", "steps", "rounds", "left", "splits"])
@@ -222,64 +173,13 @@ def _int4_kernel(
 # --- on the host ---------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Tile:
-    stages: int
-    """For which shared memory has room."""
-    start: float
-    """Microseconds, as all that follow, measured on an H200 at the shapes of Llama-2-7B: of a
-    launch."""
-    step: float
-    parts: float
-    """What they take, with..."""
-    each_part: float
-    """...each of a tile's parts."""
-
-
-TILES = {
-    16: Tile(8, 1.2, 0.41, 0.6, 0.70),
-    32: Tile(8, 1.2, 0.48, 1.2, 0.65),
-    64: Tile(6, 1.4, 0.55, 1.6, 0.55),
-    128: Tile(5, 0.7, 0.77, 3.6, 0.68),
-    256: Tile(3, 0.5, 1.30, 3.2, 1.40),
-}
-"""By tokens."""
-
-
-@dataclass(frozen=True)
-class HopperConfig:
-    block_m: int
-    splits: int
-    """Of the tiles behind the last full round of all programs."""
-
-    def shares(self, num_tokens: int, n: int, processors: int) -> tuple[int, int]:
-        """(full rounds, tiles left)."""
-        tiles = triton.cdiv(num_tokens, self.block_m) * triton.cdiv(n, BLOCK_N.value)
-        return divmod(tiles, processors)
-
-
-@cache
-def estimate(config: HopperConfig, num_tokens: int, n: int, k: int, processors: int) -> float:
-    """Microseconds."""
-    tile, steps = TILES[config.block_m], k // STEP.value
-    rounds, left = config.shares(num_tokens, n, processors)
-    took = tile.start + rounds * steps * tile.step
-    if left:
-        took += triton.cdiv(steps, config.splits) * tile.step
-    if left and config.splits > 1:
-        took += tile.parts + config.splits * tile.each_part
-    return took
-
-
-@cache
-def choose_config(num_tokens: int, n: int, k: int, processors: int) -> HopperConfig:
-    able = []
-    for block_m in TILES:
-        _, left = HopperConfig(block_m, 1).shares(num_tokens, n, processors)
-        most = min(processors // max(left, 1), k // STEP.value // 2)
-        if block_m >= min(num_tokens, 128):
-            able += [HopperConfig(block_m, splits) for splits in range(1, max(most, 1) + 1)]
-    return min(able, key=lambda config: estimate(config, num_tokens, n, k, processors))
+TILES = (  # on an H200
+    Tile(16, stages=8, start=1.2, step=0.41, load=0.002, parts=0.6, each_part=0.70),
+    Tile(32, stages=8, start=1.2, step=0.48, load=0.002, parts=1.2, each_part=0.65),
+    Tile(64, stages=6, start=1.4, step=0.55, load=0.002, parts=1.6, each_part=0.55),
+    Tile(128, stages=5, start=0.7, step=0.77, load=0.002, parts=3.6, each_part=0.68),
+    Tile(256, stages=3, start=0.5, step=1.30, load=0.002, parts=3.2, each_part=1.40),
+)
 
 
 def usable(x: torch.Tensor, w: Int4Weight) -> bool:
@@ -298,28 +198,24 @@ def int4_hopper_linear(
     x: torch.Tensor,
     w: Int4Weight,
     bias: torch.Tensor | None = None,
-    config: HopperConfig | None = None,
+    split: Split | None = None,
 ) -> torch.Tensor:
     """x [T, K] -> [T, N] in x's dtype, accumulated in float32, of arguments that are `usable`."""
     num_tokens, n, k = x.shape[0], w.packed.shape[0], w.num_inputs
     out = torch.empty(num_tokens, n, dtype=x.dtype, device=x.device)
     if num_tokens == 0:
         return out
-    processors = multiprocessors(x.device)
-    config = config or choose_config(num_tokens, n, k, processors)
-    rounds, left = config.shares(num_tokens, n, processors)
-    parts = left * config.splits
-    size = parts * BLOCK_N.value * config.block_m if config.splits > 1 else 0
+    split = split or choose_split(TILES, num_tokens, n, k, multiprocessors(x.device))
+    programs, room, plan = split.launch(num_tokens, n, k, x.device)
     groups = max(STEP.value // w.group_size, 1)
 
-    _int4_kernel[(processors if rounds else parts,)](
-        tiles_of(x, [config.block_m, STEP.value]),
+    _int4_kernel[(programs,)](
+        tiles_of(x, [split.tile.block_m, STEP.value]),
         tiles_of(w.packed.view(torch.int16), [BLOCK_N.value, STEP.value // 4], 64),
         tiles_of(w.scales, [groups, BLOCK_N.value], 0),
-        bias, out, out.new_empty(size, dtype=torch.float32), counters(x.device, 4 * left),
-        num_tokens, n, k // STEP.value, rounds, left, config.splits,
+        bias, out, *room, *plan,
         GROUP=w.group_size,
-        STAGES=TILES[config.block_m].stages,
+        STAGES=split.tile.stages,
         num_warps=4,
         launch_pdl=True,
     )  # fmt: skip

@@ -11,6 +11,8 @@ from triton.experimental.gluon import language as gl
 ROWS = gl.constexpr(64)
 """Of weights, in a group of four warps."""
 INPUTS = gl.constexpr(128)
+"""Of a row, at a time."""
+
 WORDS = gl.constexpr(
     gl.DistributedLinearLayout(
         [[8, 0], [0, 4], [0, 8], [0, 16]],

@@ -15,7 +15,12 @@ import triton.language as tl
 from sglang.kernels.launch import launch_next, pdl, wait_for_previous
 from sglang.kernels.quant_split_k import split_k_workspace, sum_splits, tile_of
 
-LIBRARY_TOKENS = 128
+try:
+    from sglang.kernels import w8a8_hopper as hopper
+except ImportError:  # Triton without Gluon, or with an older one
+    hopper = None
+
+LIBRARY_TOKENS, HOPPER_LIBRARY_TOKENS = 128, 512
 """From here on torch's product is quicker, where there is one."""
 
 
@@ -32,8 +37,12 @@ def scaled_matmul(
     arguments = (x, x_scales, weight, scales, dtype, bias)
     if not x.is_cuda:
         return scaled_matmul_naive(*arguments)
-    if len(x) >= LIBRARY_TOKENS and _library_can(weight, dtype):
+    on_hopper = hopper is not None and hopper.usable(x, weight)
+    least_tokens = HOPPER_LIBRARY_TOKENS if on_hopper else LIBRARY_TOKENS
+    if len(x) >= least_tokens and _library_can(weight, dtype):
         return scaled_matmul_library(*arguments)
+    if hopper is not None and on_hopper:
+        return hopper.w8a8_hopper(*arguments)
     return scaled_matmul_triton(*arguments)
 
 

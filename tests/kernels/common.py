@@ -1,9 +1,17 @@
 """What the kernel tests share: the device, and how many and how large the random cases are."""
 
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING
+
 import pytest
 import torch
 
 from sglang.kernels.int4_weight import Int4Weight, pack_int4, pack_scales
+
+if TYPE_CHECKING:
+    from sglang.kernels.hopper_split_k import Tile
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -12,6 +20,7 @@ DTYPES = [torch.float16, torch.bfloat16] if GPU else [torch.float32, torch.float
 
 try:
     from sglang.kernels import hopper
+    from sglang.kernels.hopper_split_k import Split
 
     ON_HOPPER = hopper.multiprocessors(DEVICE) > 0
 except ImportError:  # Triton without Gluon, or with an older one
@@ -43,3 +52,10 @@ def random_int4(n: int, k: int, group: int, scale_dtype: torch.dtype = torch.flo
 
 def int32(values: object) -> torch.Tensor:
     return torch.as_tensor(values, dtype=torch.int32, device=DEVICE)
+
+
+def any_split(rng: random.Random, tile: Tile, tokens: int, n: int, k: int) -> Split:
+    """So many parts as leave each program one at most."""
+    left = Split(tile, 1).shares(tokens, n, hopper.multiprocessors(DEVICE))[1]
+    most = hopper.multiprocessors(DEVICE) // max(left, 1)
+    return Split(tile, rng.randint(1, max(min(most, k // 128), 1)))

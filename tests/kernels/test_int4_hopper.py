@@ -1,9 +1,8 @@
-"""Hopper's product with 4-bit weights against its naive twin, and how it shares out its work."""
+"""Hopper's product with 4-bit weights against its naive twin."""
 
 from __future__ import annotations
 
 import random
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,12 +10,14 @@ import torch.nn.functional as F
 
 from sglang.kernels import int4
 from sglang.kernels.int4_weight import Int4Weight, dequantize_int4_naive
-from tests.kernels.common import assert_close, on_hopper, randn, random_int4
+from tests.kernels.common import any_split, assert_close, on_hopper, randn, random_int4
 
 hopper = int4.hopper
 
 if hopper is None:
     pytest.skip("needs Gluon", allow_module_level=True)
+
+from sglang.kernels.hopper_split_k import Split, Tile  # noqa: E402
 
 
 def expected(x: torch.Tensor, w: Int4Weight, bias: torch.Tensor | None) -> torch.Tensor:
@@ -25,32 +26,22 @@ def expected(x: torch.Tensor, w: Int4Weight, bias: torch.Tensor | None) -> torch
     return (out if bias is None else out + bias.float()).to(x.dtype)
 
 
-def most_splits(block_m: int, tokens: int, n: int, k: int) -> int:
-    """As many as leave each program one part at most."""
-    processors = hopper.multiprocessors(torch.device("cuda"))
-    left = hopper.HopperConfig(block_m, 1).shares(tokens, n, processors)[1]
-    return max(min(processors // max(left, 1), k // 128), 1)
-
-
-# --- on a GPU ------------------------------------------------------------------------------------
-
-
 @on_hopper
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("block_m", list(hopper.TILES))
+@pytest.mark.parametrize("tile", hopper.TILES, ids=lambda tile: f"{tile.block_m} tokens")
 @pytest.mark.parametrize("group", [32, 64, 128, 256])
-def test_agrees_with_its_twin_and_with_itself(group: int, block_m: int, dtype: torch.dtype) -> None:
-    rng = random.Random(group * block_m)
+def test_agrees_with_its_twin_and_with_itself(group: int, tile: Tile, dtype: torch.dtype) -> None:
+    block_m, rng = tile.block_m, random.Random(group * tile.block_m)
     torch.manual_seed(0)
     for i in range(5):
         k = rng.choice([256, 512, 1280, 4096])
-        n = rng.choice([128, 136, 1160, 2008, 4104])
+        n = rng.choice([128, 144, 1168, 2016, 4112])
         tokens = rng.choice([2, block_m - 1, block_m, block_m + 37, rng.randint(1, 2048)])
         w = random_int4(n, k, group, torch.bfloat16)
         x = randn(tokens, k, dtype=dtype) / k**0.5
         bias = randn(n, dtype=dtype) if i % 2 else None
-        config = hopper.HopperConfig(block_m, rng.randint(1, most_splits(block_m, tokens, n, k)))
-        outs = [hopper.int4_hopper_linear(x, w, bias, config) for _ in range(3)]
+        split = any_split(rng, tile, tokens, n, k)
+        outs = [hopper.int4_hopper_linear(x, w, bias, split) for _ in range(3)]
         assert_close(outs[0], expected(x, w, bias))
         assert torch.equal(outs[0], outs[1])
         assert torch.equal(outs[0], outs[2])
@@ -63,9 +54,9 @@ def test_full_rounds_and_parts_of_any_number_in_one_launch() -> None:
     w = random_int4((processors + 16) * 128 - 8, 2048, 128, torch.bfloat16)
     x = randn(256 - 3, 2048, dtype=torch.float16) / 2048**0.5
     for splits in range(1, 9):
-        config = hopper.HopperConfig(256, splits)
-        assert config.shares(len(x), w.packed.shape[0], processors) == (1, 16)
-        assert_close(hopper.int4_hopper_linear(x, w, None, config), expected(x, w, None))
+        split = Split(hopper.TILES[-1], splits)
+        assert split.shares(len(x), w.packed.shape[0], processors) == (1, 16)
+        assert_close(hopper.int4_hopper_linear(x, w, None, split), expected(x, w, None))
 
 
 @on_hopper
@@ -82,11 +73,11 @@ def test_a_captured_call_can_be_repeated() -> None:
     torch.manual_seed(0)
     w = random_int4(1160, 1024, 128, torch.bfloat16)
     x = randn(293, 1024, dtype=torch.bfloat16) / 32
-    config = hopper.HopperConfig(256, 3)  # 20 tiles
-    hopper.int4_hopper_linear(x, w, None, config)
+    split = Split(hopper.TILES[-1], 3)
+    hopper.int4_hopper_linear(x, w, None, split)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        outs = [hopper.int4_hopper_linear(x, w, None, config) for _ in range(3)]
+        outs = [hopper.int4_hopper_linear(x, w, None, split) for _ in range(3)]
     for _ in range(3):
         x.copy_(randn(293, 1024, dtype=torch.bfloat16) / 32)
         graph.replay()
@@ -117,66 +108,3 @@ def test_is_called_for_more_than_one_token_and_for_nothing_that_it_cannot_do(mon
     assert not was_called(1000, 4100, 4096)
     assert not was_called(1000, 4096, 4032, 64)
     assert not was_called(1000, 4096, 4096 + 128, 96)
-
-
-# --- anywhere ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_items_are_all_steps_of_all_tiles_once(seed: int, monkeypatch) -> None:
-    from sglang.kernels import hopper as shared
-
-    rng = random.Random(seed)
-    num_tokens, n, k = rng.randint(2, 5000), rng.randint(128, 6000), 128 * rng.randint(1, 90)
-    processors = rng.choice([5, 114, 132])
-    config = hopper.choose_config(num_tokens, n, k, processors)
-    rounds, left = config.shares(num_tokens, n, processors)
-    programs = processors if rounds else left * config.splits
-    assert programs <= processors
-    at = SimpleNamespace(program=0)
-    host = SimpleNamespace(
-        maximum=max, minimum=min, where=lambda c, a, b: a if c else b, cdiv=lambda a, b: -(-a // b),
-        program_id=lambda _: at.program, num_programs=lambda _: programs,
-    )  # fmt: skip
-    for module in (hopper, shared):
-        monkeypatch.setattr(module, "gl", host)
-    monkeypatch.setattr(hopper, "tile_at", shared.tile_at.fn)
-    monkeypatch.setattr(hopper, "BLOCK_N", 128)
-    plan = hopper.Plan(num_tokens, n, k // 128, rounds, left, config.splits)
-    done: dict[tuple[int, int], list[tuple[int, int]]] = {}
-    for at.program in range(programs):
-        for i in range(hopper._num_items.fn(plan)):
-            m, first_n, first, end = hopper._item.fn(i, plan, config.block_m)
-            assert m % config.block_m == first_n % 128 == 0
-            assert first < end
-            done.setdefault((m, first_n), []).append((first, end))
-    assert len(done) == rounds * processors + left
-    assert all(0 <= m < num_tokens and 0 <= first_n < n for m, first_n in done)
-    for parts in done.values():
-        assert [step for part in sorted(parts) for step in range(*part)] == list(range(k // 128))
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_the_choice_is_legal_and_has_the_least_estimate(seed: int) -> None:
-    rng = random.Random(seed)
-    k = 128 * rng.randint(1, 100)
-    shape = (rng.randint(2, 9000), 8 * rng.randint(16, 3000), k, rng.choice([78, 114, 132]))
-    config = hopper.choose_config(*shape)
-    assert config.block_m >= min(shape[0], 128)
-    assert 1 <= config.splits <= k // 128
-    took = hopper.estimate(config, *shape)
-    assert all(took <= hopper.estimate(hopper.HopperConfig(m, 1), *shape) for m in (128, 256))
-
-
-@pytest.mark.parametrize(
-    "tokens, n, k, block_m, splits",
-    [
-        (2, 4096, 4096, 16, 4), (16, 12288, 4096, 16, 1), (32, 4096, 11008, 32, 4),
-        (64, 22016, 4096, 64, 3), (128, 4096, 4096, 128, 4), (256, 4096, 4096, 128, 2),
-        (256, 12288, 4096, 256, 1), (256, 4096, 11008, 256, 4), (2048, 12288, 4096, 256, 1),
-    ],
-)  # fmt: skip
-def test_the_choice_is_what_was_quickest_on_an_h200(
-    tokens: int, n: int, k: int, block_m: int, splits: int
-) -> None:
-    assert hopper.choose_config(tokens, n, k, 132) == hopper.HopperConfig(block_m, splits)

@@ -1,0 +1,190 @@
+"""8-bit products of two and more tokens (quant_w8a8.py), int8 or FP8, in Gluon on Hopper. A program
+(hopper_split_k.py) has three groups of warps: one loads, two multiply."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from sglang.kernels.hopper import (
+    PairRing,
+    barriers,
+    inside,
+    load_tile,
+    multiprocessors,
+    pair_stage,
+    room_for,
+    tiles_of,
+)
+from sglang.kernels.hopper_split_k import (
+    BLOCK_N,
+    STEP,
+    Plan,
+    Split,
+    Tile,
+    choose_split,
+    finish,
+    item_at,
+    num_items,
+    place_of,
+)
+from sglang.kernels.hopper_sums import OUTPUTS
+
+
+class Scaling(NamedTuple):
+    x_scale_ptr: gl.tensor  # float32 [T]
+    scale_ptr: gl.tensor  # float32 [N]
+
+
+@gluon.jit
+def _load(x, weight, ring, plan):
+    STAGES: gl.constexpr = ring.tiles.shape[0]
+    BLOCK_M: gl.constexpr = x.block_shape[0]
+    BYTES: gl.constexpr = x.block_type.nbytes + weight.block_type.nbytes
+    turn = 0
+    for item in range(num_items(plan)):
+        own_m, own_n, first, end = item_at(item, plan, BLOCK_M)
+        m = inside(own_m, plan.num_tokens, BLOCK_M)
+        n = inside(own_n, plan.n, BLOCK_N)
+        early = 0
+        if item == 0:  # weights do not depend on the kernel before
+            early = gl.minimum(STAGES, end - first)
+            for i in range(early):
+                _, weights, ready, _free, _parity = pair_stage(ring, i)
+                mbarrier.expect(ready, BYTES)
+                load_tile(weight, [n, (first + i) * STEP], ready, weights)
+            gdc_wait()
+        for step in range(first, end):
+            inputs, weights, ready, free, parity = pair_stage(ring, turn)
+            mbarrier.wait(free, parity ^ 1)
+            if turn >= early:
+                mbarrier.expect(ready, BYTES)
+                load_tile(weight, [n, step * STEP], ready, weights)
+            load_tile(x, [m, step * STEP], ready, inputs)
+            turn += 1
+
+
+@gluon.jit
+def _multiply(half: gl.constexpr, scaling, bias_ptr, out_ptr, sums_ptr, counts_ptr, ring, plan):
+    """Half of the outputs of each tile."""
+    BLOCK_M: gl.constexpr = ring.tiles.shape[1]
+    IS_INT: gl.constexpr = ring.tiles.dtype == gl.int8
+    SUM: gl.constexpr = gl.int32 if IS_INT else gl.float32
+    AT_ONCE: gl.constexpr = 128 if IS_INT and BLOCK_M > 128 else BLOCK_M  # what Triton can
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, AT_ONCE, 32])
+    outputs = gl.arange(0, OUTPUTS, layout=gl.SliceLayout(1, ACC))
+    tokens = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, ACC))
+    gdc_wait()  # the kernel before made the scales of tokens
+    turn = 0
+    for item in range(num_items(plan)):
+        own_m, own_n, first, end = item_at(item, plan, BLOCK_M)
+        place = place_of(half, out_ptr, plan, own_m, own_n, BLOCK_M)
+        m = gl.minimum(place.m + tokens, plan.num_tokens - 1)
+        scales = gl.load(scaling.scale_ptr + place.n + outputs)
+        x_scales = gl.load(scaling.x_scale_ptr + m)
+        acc = gl.zeros([OUTPUTS, BLOCK_M], SUM, ACC)
+        for step in range(first, end):
+            inputs, weights, ready, _free, parity = pair_stage(ring, turn)
+            weights = weights.slice(half * OUTPUTS, OUTPUTS, 0)
+            mbarrier.wait(ready, parity)
+            acc = warpgroup_mma(weights, inputs.permute((1, 0)), acc, is_async=True)
+            acc = warpgroup_mma_wait(1, deps=(acc,))
+            mbarrier.arrive(pair_stage(ring, turn - 1)[3], pred=step > first)
+            turn += 1
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+        mbarrier.arrive(pair_stage(ring, turn - 1)[3])
+        sums = acc.to(gl.float32) * x_scales[None, :] * scales[:, None]
+        if bias_ptr is not None:
+            bias = gl.load(bias_ptr + place.n + outputs).to(gl.float32)
+            sums += gl.where(first == 0, bias, 0.0)[:, None]
+        finish(sums, item, half, plan, place, sums_ptr, counts_ptr)
+
+
+@gluon.jit(do_not_specialize=["num_tokens", "steps", "rounds", "left", "splits"])
+def _w8a8_kernel(
+    x,  # descriptors: of [T, K], tiles of [BLOCK_M, STEP]
+    weight,  # [N, K], tiles of [BLOCK_N, STEP]
+    x_scale_ptr,  # float32 [T]
+    scale_ptr,  # float32 [N]
+    bias_ptr,
+    out_ptr,  # [T, N]
+    sums_ptr,  # float32 [left, 2, splits, OUTPUTS BLOCK_M]
+    counts_ptr,  # int32 [left, 2, 2], zeros
+    num_tokens,
+    n,
+    steps,
+    rounds,
+    left,
+    splits,
+    STAGES: gl.constexpr,
+):
+    gdc_launch_dependents()
+    ready, free = barriers(STAGES, 1), barriers(STAGES, 2)
+    ring = PairRing(room_for(x, STAGES), room_for(weight, STAGES), ready, free)
+    fence_async_shared()  # the barriers are there before anyone waits
+    plan = Plan(num_tokens, n, steps, rounds, left, splits)
+    scaling = Scaling(x_scale_ptr, scale_ptr)
+    FIRST: gl.constexpr = 0
+    SECOND: gl.constexpr = 1
+    gl.warp_specialize(
+        [
+            (_multiply, (FIRST, scaling, bias_ptr, out_ptr, sums_ptr, counts_ptr, ring, plan)),
+            (_multiply, (SECOND, scaling, bias_ptr, out_ptr, sums_ptr, counts_ptr, ring, plan)),
+            (_load, (x, weight, ring, plan)),
+        ],
+        [4, 1],
+        [232, 24],  # registers of a thread
+    )  # fmt: skip
+
+
+TILES = (  # on an H200
+    Tile(16, stages=8, start=2.3, step=0.18, load=0.004, parts=2.5, each_part=0.0),
+    Tile(32, stages=8, start=2.7, step=0.18, load=0.004, parts=2.5, each_part=0.0),
+    Tile(64, stages=8, start=3.1, step=0.18, load=0.004, parts=2.6, each_part=0.0),
+    Tile(128, stages=6, start=1.5, step=0.38, load=0.004, parts=3.9, each_part=0.5),
+    Tile(256, stages=4, start=0.7, step=0.74, load=0.004, parts=6.0, each_part=0.9),
+)
+
+
+def usable(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    n, k = weight.shape
+    return (
+        multiprocessors(x.device) > 0 and n >= BLOCK_N.value and n % 8 == 0 and k % STEP.value == 0
+    )
+
+
+def w8a8_hopper(
+    x: torch.Tensor,
+    x_scales: torch.Tensor,
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    dtype: torch.dtype,
+    bias: torch.Tensor | None = None,
+    split: Split | None = None,
+) -> torch.Tensor:
+    """`scaled_matmul` of arguments that are `usable`."""
+    (num_tokens, k), n = x.shape, weight.shape[0]
+    out = torch.empty(num_tokens, n, dtype=dtype, device=x.device)
+    if num_tokens == 0:
+        return out
+    split = split or choose_split(TILES, num_tokens, n, k, multiprocessors(x.device))
+    programs, room, plan = split.launch(num_tokens, n, k, x.device)
+    _w8a8_kernel[(programs,)](
+        tiles_of(x, [split.tile.block_m, STEP.value]),
+        tiles_of(weight, [BLOCK_N.value, STEP.value]),
+        x_scales, scales, bias, out, *room, *plan,
+        STAGES=split.tile.stages,
+        num_warps=4,
+        launch_pdl=True,
+    )  # fmt: skip
+    return out

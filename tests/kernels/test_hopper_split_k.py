@@ -1,0 +1,90 @@
+"""How products on Hopper share out their work, and what they take to be the quickest way."""
+
+from __future__ import annotations
+
+import random
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("sglang.kernels.hopper_split_k", reason="needs Gluon", exc_type=ImportError)
+
+from sglang.kernels import hopper, hopper_split_k, int4_hopper, w8a8_hopper
+from sglang.kernels.hopper_split_k import Plan, Split, choose_split
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_items_are_all_steps_of_all_tiles_once(seed: int, monkeypatch) -> None:
+    rng = random.Random(seed)
+    num_tokens, n, k = rng.randint(2, 5000), rng.randint(128, 6000), 128 * rng.randint(1, 90)
+    processors = rng.choice([5, 114, 132])
+    tiles = rng.choice([int4_hopper.TILES, w8a8_hopper.TILES])
+    split = choose_split(tiles, num_tokens, n, k, processors)
+    rounds, left = split.shares(num_tokens, n, processors)
+    programs = processors if rounds else left * split.splits
+    assert programs <= processors
+    at = SimpleNamespace(program=0)
+    host = SimpleNamespace(
+        maximum=max, minimum=min, where=lambda c, a, b: a if c else b, cdiv=lambda a, b: -(-a // b),
+        program_id=lambda _: at.program, num_programs=lambda _: programs,
+    )  # fmt: skip
+    for module in (hopper, hopper_split_k):
+        monkeypatch.setattr(module, "gl", host)
+    monkeypatch.setattr(hopper_split_k, "tile_at", hopper.tile_at.fn)
+    monkeypatch.setattr(hopper_split_k, "BLOCK_N", 128)
+    plan = Plan(num_tokens, n, k // 128, rounds, left, split.splits)
+    done: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for at.program in range(programs):
+        for i in range(hopper_split_k.num_items.fn(plan)):
+            m, first_n, first, end = hopper_split_k.item_at.fn(i, plan, split.tile.block_m)
+            assert m % split.tile.block_m == first_n % 128 == 0
+            assert first < end
+            done.setdefault((m, first_n), []).append((first, end))
+    assert len(done) == rounds * processors + left
+    assert all(0 <= m < num_tokens and 0 <= first_n < n for m, first_n in done)
+    for parts in done.values():
+        assert [step for part in sorted(parts) for step in range(*part)] == list(range(k // 128))
+
+
+@pytest.mark.parametrize("tiles", [int4_hopper.TILES, w8a8_hopper.TILES], ids=["int4", "w8a8"])
+@pytest.mark.parametrize("seed", range(10))
+def test_the_choice_is_legal_and_has_the_least_estimate(seed: int, tiles: tuple) -> None:
+    rng = random.Random(seed)
+    k = 128 * rng.randint(1, 100)
+    shape = (rng.randint(2, 9000), 8 * rng.randint(16, 3000), k, rng.choice([78, 114, 132]))
+    split = choose_split(tiles, *shape)
+    assert split.tile.block_m >= min(shape[0], 128)
+    assert 1 <= split.splits <= k // 128
+    assert split.estimate(*shape) <= Split(split.tile, 1).estimate(*shape)
+    if shape[0] > 128:
+        assert split.estimate(*shape) <= min(Split(t, 1).estimate(*shape) for t in tiles[-2:])
+
+
+@pytest.mark.parametrize(
+    "tokens, n, k, block_m, splits",
+    [
+        (2, 4096, 4096, 16, 4), (16, 12288, 4096, 16, 1), (32, 4096, 11008, 32, 4),
+        (64, 22016, 4096, 64, 3), (128, 4096, 4096, 128, 4), (256, 4096, 4096, 128, 2),
+        (256, 12288, 4096, 256, 1), (256, 4096, 11008, 256, 4), (2048, 12288, 4096, 256, 1),
+    ],
+)  # fmt: skip
+def test_the_choice_is_what_was_quickest_with_4_bits(
+    tokens: int, n: int, k: int, block_m: int, splits: int
+) -> None:
+    split = choose_split(int4_hopper.TILES, tokens, n, k, 132)
+    assert (split.tile.block_m, split.splits) == (block_m, splits)
+
+
+@pytest.mark.parametrize(
+    "tokens, n, k, block_m, splits",
+    [
+        (8, 12288, 4096, 16, 1), (64, 4096, 4096, 64, 1), (128, 4096, 4096, 128, 3),
+        (256, 12288, 4096, 256, 1), (256, 22016, 4096, 128, 1), (256, 4096, 11008, 128, 2),
+        (512, 4096, 11008, 128, 1), (4096, 22016, 4096, 256, 1),
+    ],
+)  # fmt: skip
+def test_the_choice_is_what_was_quickest_with_8_bits(
+    tokens: int, n: int, k: int, block_m: int, splits: int
+) -> None:
+    split = choose_split(w8a8_hopper.TILES, tokens, n, k, 132)
+    assert (split.tile.block_m, split.splits) == (block_m, splits)
