@@ -1,5 +1,5 @@
 """A GGUF file's own 4-bit blocks (Q4_0, Q4_1), multiplied as they are, on a CPU. Weights of other
-types are kept in bfloat16, or float32 where that is quicker."""
+types are kept in 16 bits."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class GGUFQuantization(Quantization, LinearMethod):
     def finish(self, layer: Linear) -> None:
         blocks = getattr(layer, "int4_blocks", None)
         layer.int4_blocks = None
-        CPULinear.prepare(layer, blocks, in_bfloat16=True)
+        CPULinear.prepare(layer, blocks, in_16_bits=True)
 
     def apply(self, layer: Linear, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return CPULinear.apply(layer, x, bias)

@@ -6,6 +6,7 @@ import torch
 from gguf import GGMLQuantizationType as Type
 
 from sglang.model_config import ModelConfig
+from sglang.quantization import cpu
 from sglang.server_args import ServerArgs
 from tests.models import tiny
 
@@ -109,6 +110,27 @@ def test_weights_that_stay_quantized_give_nearly_the_same_logits(kind, tied, tmp
     logits = torch.cat([session.step({0: part})[0] for part in ids.view(-1, few).tolist()])
     assert (logits - wanted).norm() < 0.06 * wanted.norm()  # bfloat16, through random layers
     assert not torch.equal(logits, tiny.Session(ours).step({0: ids.tolist()})[0])
+
+
+@pytest.mark.parametrize("kind", [Type.F32, Type.F16, Type.BF16, Type.Q8_0])
+@pytest.mark.parametrize("units", ["float16", "none"])
+def test_weights_of_other_types_are_kept_as_well_as_the_cpu_can(kind, units, tmp_path, monkeypatch):
+    monkeypatch.setattr(cpu, "has_bfloat16_units", lambda: False)
+    if units == "none":
+        monkeypatch.setattr(cpu, "has_float16_weights", lambda: False)
+    monkeypatch.setattr(cpu, "_LARGE", 1000)  # in pieces
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    path = tmp_path / "model.gguf"
+    theirs = write(tiny.make("Qwen2"), path, kind, "qwen2")  # with biases
+    ours, _ = tiny.load(path, quantization="gguf")
+    if units == "float16" and cpu.has_float16_weights():
+        assert len(ours.lm_head.float16_packed) == 3
+    for tokens in (1, 40):
+        ids = torch.randint(ours.config.vocab_size, (tokens,), generator=torch.manual_seed(1))
+        with torch.inference_mode():
+            wanted = theirs(ids[None]).logits[0]
+        logits = tiny.Session(ours).step({0: ids.tolist()})[0]
+        assert (logits - wanted).norm() < 2e-3 * wanted.norm()
 
 
 def test_untied_heads_and_rope_factors(tmp_path):
