@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -31,6 +32,8 @@ from sglang.worker.rows import NUM_PARAMS, RowState, StepArrays
 from sglang.worker.sampler import Masks, RowLogprobs, Sampler, draw
 from sglang.worker.staging import Landing
 from sglang.worker.warm_up import warm_up
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -112,18 +115,20 @@ class ModelRunner:
         self.model = build_model(
             config, tp, self.device, open_checkpoint(config, config.load_format)
         )
+        if self.device.type == "cuda":
+            logger.info("weights take %.2f GB", torch.cuda.memory_allocated(self.device) / 1e9)
 
         # KV pool: what the weights leave
         shape = (self.model.num_layers, self.model.num_kv_heads_per_rank, self.model.head_dim)
-        fits = num_slots_that_fit(
-            KVPool.bytes_per_slot(*shape, dtype), self.device, args.mem_fraction_static
-        )
+        bytes_per_slot = KVPool.bytes_per_slot(*shape, dtype)
+        fits = num_slots_that_fit(bytes_per_slot, self.device, args.mem_fraction_static)
         num_slots = tp.least(min(fits, limits.max_total_tokens or fits))
         if num_slots < 1:
             raise ValueError(
                 "the weights leave no memory for a KV cache: see --mem-fraction-static"
             )
         self.kv_cache = KVPool(num_slots, *shape, dtype, self.device)
+        logger.info("KV cache: %d tokens, %.2f GB", num_slots, num_slots * bytes_per_slot / 1e9)
 
         # State of the rows
         num_rows = min(limits.max_running_requests, num_slots)
