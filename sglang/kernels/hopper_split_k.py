@@ -136,10 +136,12 @@ class Split:
         """(programs; room for parts' sums, and their counters; what a Plan says)."""
         processors = multiprocessors(device)
         rounds, left = self.shares(num_tokens, n, processors)
-        parts = left * self.splits
+        steps, parts = triton.cdiv(k, STEP.value), left * self.splits
+        # Programs wait for those with the other parts: all are there, and none is empty.
+        assert self.splits <= steps and parts <= processors, "too many splits"
         size = parts * BLOCK_N.value * self.tile.block_m if self.splits > 1 else 0
         sums = torch.empty(size, dtype=torch.float32, device=device)
-        plan = (num_tokens, n, triton.cdiv(k, STEP.value), rounds, left, self.splits)
+        plan = (num_tokens, n, steps, rounds, left, self.splits)
         return processors if rounds else parts, (sums, counters(device, 4 * left)), plan
 
 

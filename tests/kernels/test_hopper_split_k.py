@@ -6,6 +6,7 @@ import random
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 pytest.importorskip("sglang.kernels.hopper_split_k", reason="needs Gluon", exc_type=ImportError)
 
@@ -88,3 +89,12 @@ def test_the_choice_is_what_was_quickest_with_8_bits(
 ) -> None:
     split = choose_split(w8a8_hopper.TILES, tokens, n, k, 132)
     assert (split.tile.block_m, split.splits) == (block_m, splits)
+
+
+@pytest.mark.parametrize("k, splits", [(256, 3), (4096, 5)])
+def test_programs_that_would_wait_forever_are_not_launched(
+    k: int, splits: int, monkeypatch
+) -> None:
+    monkeypatch.setattr(hopper_split_k, "multiprocessors", lambda _: 132)
+    with pytest.raises(AssertionError, match="too many splits"):  # of 32 tiles
+        Split(int4_hopper.TILES[0], splits).launch(16, 4096, k, torch.device("cpu"))
