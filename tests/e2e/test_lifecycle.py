@@ -208,6 +208,7 @@ def test_a_checkpoint_that_lacks_a_tensor_is_named(tmp_path):
 
 def test_without_a_tokenizer_and_with_a_small_pool_there_are_ids_and_their_limits():
     server = Server("--skip-tokenizer-init", "--max-total-tokens", "100").wait_ready()
+    assert "model worker 0] KV cache: 100 tokens" in server.stderr()
     params = {"temperature": 0, "max_new_tokens": 4}
     ids = [504, 3575, 282, 4649, 314]
     reply = server.generate(input_ids=ids, sampling_params=params)
