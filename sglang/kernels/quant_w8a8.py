@@ -37,13 +37,12 @@ def scaled_matmul(
     arguments = (x, x_scales, weight, scales, dtype, bias)
     if not x.is_cuda:
         return scaled_matmul_naive(*arguments)
-    on_hopper = hopper is not None and hopper.usable(x, weight)
-    least_tokens = HOPPER_LIBRARY_TOKENS if on_hopper else LIBRARY_TOKENS
+    own, least_tokens = scaled_matmul_triton, LIBRARY_TOKENS
+    if hopper is not None and hopper.usable(x, weight):
+        own, least_tokens = hopper.w8a8_hopper, HOPPER_LIBRARY_TOKENS
     if len(x) >= least_tokens and _library_can(weight, dtype):
         return scaled_matmul_library(*arguments)
-    if hopper is not None and on_hopper:
-        return hopper.w8a8_hopper(*arguments)
-    return scaled_matmul_triton(*arguments)
+    return own(*arguments)
 
 
 def _library_can(weight: torch.Tensor, dtype: torch.dtype) -> bool:

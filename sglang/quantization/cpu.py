@@ -78,14 +78,14 @@ class CPULinear:
         if layer.int4_packed is not None and len(x) <= cls.INT4_TOKENS:
             out = torch.ops.aten._weight_int4pack_mm_for_cpu(
                 x.bfloat16(), layer.int4_packed, layer.int4_group, layer.int4_scales
-            ).to(x.dtype)
-            return out if bias is None else out + bias
-        if layer.float16_packed is not None:
-            out = _float16_linear(x.float(), layer.float16_packed).to(x.dtype)
-            return out if bias is None else out + bias
-        if layer.compute_dtype == x.dtype:
+            )
+        elif layer.float16_packed is not None:
+            out = _float16_linear(x.float(), layer.float16_packed)
+        elif layer.compute_dtype == x.dtype:
             return _UNQUANTIZED.apply(layer, x, bias)
-        out = _UNQUANTIZED.apply(layer, x.to(layer.compute_dtype), None).to(x.dtype)
+        else:
+            out = _UNQUANTIZED.apply(layer, x.to(layer.compute_dtype), None)
+        out = out.to(x.dtype)
         return out if bias is None else out + bias
 
 

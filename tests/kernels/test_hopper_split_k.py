@@ -62,32 +62,23 @@ def test_the_choice_is_legal_and_has_the_least_estimate(seed: int, tiles: tuple)
 
 
 @pytest.mark.parametrize(
-    "tokens, n, k, block_m, splits",
+    "bits, tokens, n, k, block_m, splits",
     [
-        (2, 4096, 4096, 16, 4), (16, 12288, 4096, 16, 1), (32, 4096, 11008, 32, 4),
-        (64, 22016, 4096, 64, 3), (128, 4096, 4096, 128, 4), (256, 4096, 4096, 128, 2),
-        (256, 12288, 4096, 256, 1), (256, 4096, 11008, 256, 4), (2048, 12288, 4096, 256, 1),
+        (4, 2, 4096, 4096, 16, 4), (4, 16, 12288, 4096, 16, 1), (4, 32, 4096, 11008, 32, 4),
+        (4, 64, 22016, 4096, 64, 3), (4, 128, 4096, 4096, 128, 4), (4, 256, 4096, 4096, 128, 2),
+        (4, 256, 12288, 4096, 256, 1), (4, 256, 4096, 11008, 256, 4),
+        (4, 2048, 12288, 4096, 256, 1),
+        (8, 8, 12288, 4096, 16, 1), (8, 64, 4096, 4096, 64, 1), (8, 128, 4096, 4096, 128, 3),
+        (8, 256, 12288, 4096, 256, 1), (8, 256, 22016, 4096, 128, 1),
+        (8, 256, 4096, 11008, 128, 2), (8, 512, 4096, 11008, 128, 1),
+        (8, 4096, 22016, 4096, 256, 1),
     ],
 )  # fmt: skip
-def test_the_choice_is_what_was_quickest_with_4_bits(
-    tokens: int, n: int, k: int, block_m: int, splits: int
+def test_the_choice_is_what_was_quickest(
+    bits: int, tokens: int, n: int, k: int, block_m: int, splits: int
 ) -> None:
-    split = choose_split(int4_hopper.TILES, tokens, n, k, 132)
-    assert (split.tile.block_m, split.splits) == (block_m, splits)
-
-
-@pytest.mark.parametrize(
-    "tokens, n, k, block_m, splits",
-    [
-        (8, 12288, 4096, 16, 1), (64, 4096, 4096, 64, 1), (128, 4096, 4096, 128, 3),
-        (256, 12288, 4096, 256, 1), (256, 22016, 4096, 128, 1), (256, 4096, 11008, 128, 2),
-        (512, 4096, 11008, 128, 1), (4096, 22016, 4096, 256, 1),
-    ],
-)  # fmt: skip
-def test_the_choice_is_what_was_quickest_with_8_bits(
-    tokens: int, n: int, k: int, block_m: int, splits: int
-) -> None:
-    split = choose_split(w8a8_hopper.TILES, tokens, n, k, 132)
+    tiles = {4: int4_hopper.TILES, 8: w8a8_hopper.TILES}[bits]
+    split = choose_split(tiles, tokens, n, k, 132)
     assert (split.tile.block_m, split.splits) == (block_m, splits)
 
 
