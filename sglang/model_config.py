@@ -189,8 +189,7 @@ class ModelConfig:
         elif asked is not None:
             raise ValueError(f"--quantization {asked}: the checkpoint is not quantized so")
         elif self.load_format == "gguf" and device == "cpu":
-            # Not by default: twice as quick, but some greedy answers of a small model change.
-            self.quantization = "gguf" if args.dtype == "bfloat16" else None
+            self.quantization = None if args.dtype == "float32" else "gguf"
 
     def _limit_context(self, asked: int | None) -> None:
         if asked is not None and asked > self.max_position_embeddings:

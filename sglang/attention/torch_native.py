@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from sglang.attention.base import AttentionBackend
+from sglang.kernels import cpu
 
 if TYPE_CHECKING:
     from sglang.worker.batch import Batch
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 class TorchNativeAttention(AttentionBackend):
     """Reads lengths on the host, so it needs `q_lens_host` and `kv_lens_host`, and `begin`.
 
+    Where there is a kernel of our own for it (kernels/cpu.py), decode rows are its.
     A row whose slots follow one another (a lone request's usually do) is read in place, others are
     gathered. Decode rows of similar lengths are padded and share one call: on two cores that is up
     to four times as quick as a call each. KV heads are never repeated: the query heads that share
@@ -39,12 +41,18 @@ class TorchNativeAttention(AttentionBackend):
         scale: float,
         window: int = 0,
     ) -> torch.Tensor:
+        d, has_kernel = batch.num_decode, cpu.takes_heads(q, k_cache)
         if window not in self._windowed:
-            self._windowed[window] = _plan(batch, window, q.dtype)
+            self._windowed[window] = _plan(batch, window, q.dtype, not has_kernel)
         calls = self._windowed[window]
         if len(calls) == 1 and calls[0].num_tokens == q.shape[0]:
             return calls[0].run(q, k_cache, v_cache, scale)
         out = q.new_zeros(q.shape[0], q.shape[1] * q.shape[2])
+        if d and has_kernel:
+            cpu.decode_attention(
+                q[:d], k_cache, v_cache, batch.slot_table, batch.rows, batch.kv_lens,
+                scale, window, out,
+            )  # fmt: skip
         for call in calls:
             tokens = slice(call.first_token, call.first_token + call.num_tokens)
             out[tokens] = call.run(q[tokens], k_cache, v_cache, scale)
@@ -95,12 +103,13 @@ class _Call:
         return out.permute(2, 0, 1, 3).reshape(self.num_tokens, -1)
 
 
-def _plan(batch: Batch, window: int, dtype: torch.dtype) -> list[_Call]:
-    """The step's calls. Rows of padding are in none of them."""
+def _plan(batch: Batch, window: int, dtype: torch.dtype, decodes: bool) -> list[_Call]:
+    """The step's calls, with those of decode rows or without. Rows of padding are in none of
+    them."""
     assert batch.q_lens_host is not None and batch.kv_lens_host is not None
     rows = batch.rows.tolist()
     q_lens, kv_lens = batch.q_lens_host.tolist(), batch.kv_lens_host.tolist()
-    calls = _plan_decode(batch, rows, kv_lens, window, dtype)
+    calls = _plan_decode(batch, rows, kv_lens, window, dtype) if decodes else []
     first_token = batch.num_decode
     for row, q_len, kv_len in zip(
         rows[batch.num_decode :], q_lens[batch.num_decode :], kv_lens[batch.num_decode :],

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from sglang.kernels import cpu
 from sglang.kernels.launch import launch_next, pdl, wait_for_previous
 from sglang.kernels.row_scale import RowScale, load_scale, scale_arguments, scale_inputs
 
@@ -14,6 +15,8 @@ from sglang.kernels.row_scale import RowScale, load_scale, scale_arguments, scal
 def silu_and_mul(x: torch.Tensor, scale: RowScale | None = None) -> torch.Tensor:
     """x [T, 2I] = (gate | up), contiguous -> silu(gate) * up, [T, I], in x's dtype.
     scale: what x is still to be multiplied by."""
+    if scale is None and cpu.takes(x, 2 * cpu.LANES):
+        return cpu.silu_and_mul(x)
     return (silu_and_mul_triton if x.is_cuda else silu_and_mul_naive)(x, scale)
 
 

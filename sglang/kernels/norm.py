@@ -7,11 +7,14 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from sglang.kernels import cpu
 from sglang.kernels.launch import launch_next, pdl, wait_for_previous
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x [T, H] (rows may be strided), weight [H] -> x / rms(x) * weight, [T, H], in x's dtype."""
+    if cpu.takes(x):
+        return cpu.rms_norm(x, None, weight, eps)[0]
     return (rms_norm_triton if x.is_cuda else rms_norm_naive)(x, weight, eps)
 
 
@@ -19,6 +22,8 @@ def add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x, residual [T, H] -> (rms_norm(x + residual), x + residual), both [T, H] in x's dtype."""
+    if cpu.takes(x):
+        return cpu.rms_norm(x, residual, weight, eps)
     return (add_rms_norm_triton if x.is_cuda else add_rms_norm_naive)(x, residual, weight, eps)
 
 

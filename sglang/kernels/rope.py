@@ -9,6 +9,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from sglang.kernels import cpu
 from sglang.kernels.launch import launch_next, pdl, wait_for_previous
 from sglang.kernels.row_scale import RowScale, load_scale, scale_arguments, scale_inputs
 
@@ -39,11 +40,13 @@ def rope_and_write_kv(
     q_norm, k_norm    [D] weights, both or neither: heads are RMS-normed before they turn
     scale      what qkv is still to be multiplied by, before all this
     """
-    run = rope_and_write_kv_triton if qkv.is_cuda else rope_and_write_kv_naive
-    run(
-        qkv, positions, slots, cos_sin, k_cache, v_cache,
-        num_q_heads, num_kv_heads, q_norm, k_norm, eps, scale,
-    )  # fmt: skip
+    where = (qkv, positions, slots, cos_sin, k_cache, v_cache, num_q_heads, num_kv_heads)
+    is_float32 = qkv.dtype == k_cache.dtype == torch.float32
+    if is_float32 and q_norm is scale is None and cpu.takes(cos_sin, 2 * cpu.LANES):
+        cpu.rope_and_write_kv(*where)
+    else:
+        run = rope_and_write_kv_triton if qkv.is_cuda else rope_and_write_kv_naive
+        run(*where, q_norm, k_norm, eps, scale)
     heads = qkv.unflatten(1, (num_q_heads + 2 * num_kv_heads, -1))
     q, k, v = heads.split((num_q_heads, num_kv_heads, num_kv_heads), 1)
     return q, k, v

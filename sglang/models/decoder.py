@@ -12,6 +12,7 @@ from sglang.layers.embedding import OutputHead, VocabParallelEmbedding
 from sglang.layers.linear import GateUpLinear, RowParallelLinear
 from sglang.layers.norm import RMSNorm
 from sglang.layers.rope import cos_sin_table
+from sglang.models.cpu_decoder import CPUDecoder
 from sglang.quantization import create_quantization
 from sglang.quantization.base import Quantization
 
@@ -116,6 +117,7 @@ class Decoder(nn.Module):
         tied = self.embed_tokens if config.tie_word_embeddings else None
         self.lm_head = OutputHead("lm_head", vocab, hidden, quantization, tp, dtype, device, tied)
         self.cos_sin: torch.Tensor | None = None  # [context_len, head_dim]
+        self.few_tokens: CPUDecoder | None = None
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Every layer takes its own tensors, this rank's share of them."""
@@ -124,6 +126,7 @@ class Decoder(nn.Module):
                 module.load(checkpoint)
         for layer in self.layers:
             layer.move_norms()
+        self.few_tokens = CPUDecoder.of(self)
         config, factors = self.config, None
         if checkpoint.has("rope_freqs.weight"):
             factors = torch.empty(config.head_dim // 2)
@@ -139,8 +142,11 @@ class Decoder(nn.Module):
         """int32 [T], int32 [T] -> hidden states [T, H] after the final norm, or [n, H] of tokens
         batch.last if these are given: K and V are all that the last layer makes of the others."""
         x, residual = self.embed_tokens(input_ids), None
-        for layer in self.layers:
-            x, residual = layer(x, residual, positions, self.cos_sin, batch)
+        if self.few_tokens is not None and self.few_tokens.takes(batch):
+            x, residual = self.few_tokens.run(x, positions, self.cos_sin, batch)
+        else:
+            for layer in self.layers:
+                x, residual = layer(x, residual, positions, self.cos_sin, batch)
         return self.norm(x, residual)[0]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -91,10 +91,11 @@ class GroupedLinear(LinearMethod):
         dense *= weight.scales[group_of].t()
         layer.weight = nn.Parameter(dense.to(layer.dtype), requires_grad=False)
         layer.int4 = None
-        low_bit = None
         if layer.dtype == torch.bfloat16 and self.scheme.bits == 4 and weight.group_of is None:
-            low_bit = (weight.q, weight.scales, -weight.zeros * weight.scales)
-        CPULinear.prepare(layer, low_bit)
+            scales, low = weight.scales.t(), -(weight.zeros * weight.scales).t()
+            CPULinear.prepare(layer, 4, (weight.q, scales, low))
+        else:
+            CPULinear.prepare(layer)
 
     def _finish_int4(self, layer: Linear, weight: GroupedWeight) -> None:
         q, num_inputs = weight.q, weight.q.shape[1]

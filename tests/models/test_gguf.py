@@ -8,6 +8,7 @@ from gguf import GGMLQuantizationType as Type
 from sglang.model_config import ModelConfig
 from sglang.quantization import cpu
 from sglang.server_args import ServerArgs
+from tests.kernels.test_cpu import needs_compiler
 from tests.models import tiny
 
 NAMES = {
@@ -96,41 +97,49 @@ def test_on_a_gpu_its_numbers_are_as_wide_as_in_the_file(kind, dtype, tmp_path, 
     assert ModelConfig.load(ServerArgs(str(path), device="cpu")).dtype == "float32"
 
 
+@needs_compiler
 @pytest.mark.parametrize("kind", [Type.Q4_0, Type.Q4_1])
 @pytest.mark.parametrize("tied", [True, False])
-def test_weights_that_stay_quantized_give_nearly_the_same_logits(kind, tied, tmp_path):
+@pytest.mark.parametrize("family", ["Llama", "Qwen3"])  # all layers in one call, and one by one
+def test_weights_that_stay_quantized_give_the_same_logits(family, tied, kind, tmp_path):
     path = tmp_path / "model.gguf"
-    theirs = write(tiny.make("Llama", tie_word_embeddings=tied), path, kind, "llama")
-    ours, _ = tiny.load(path, quantization="gguf")
-    assert all(layer.mlp.down_proj.int4_packed is not None for layer in ours.layers)
+    model = tiny.make(family, tie_word_embeddings=tied, head_dim=32, intermediate_size=128)
+    theirs = write(model, path, kind, family.lower())
+    ours, _ = tiny.load(path)
+    assert all(layer.mlp.down_proj.bits == 4 for layer in ours.layers)
+    assert all(layer.mlp.down_proj.blocks is not None for layer in ours.layers)
+    assert (ours.few_tokens is not None) == (family == "Llama")
+    tiny.assert_same_logits(ours, theirs)
+
+
+@needs_compiler
+def test_weights_of_8_bits_stay_so_and_others_as_numbers(tmp_path):
+    for kind, bits in ((Type.Q8_0, 8), (Type.Q4_1, 4), (Type.F16, 0)):
+        write(tiny.make("Qwen2"), tmp_path / "model.gguf", kind, "qwen2")
+        ours, _ = tiny.load(tmp_path / "model.gguf")
+        assert ours.layers[0].self_attn.qkv_proj.bits == bits
+        assert (ours.layers[0].self_attn.qkv_proj.blocks is not None) == (bits > 0)
+
+
+@pytest.mark.parametrize("kind", [Type.Q4_1, Type.Q8_0, Type.F16])
+@pytest.mark.parametrize("has_units", [True, False])
+def test_in_bfloat16_logits_are_nearly_the_same(kind, has_units, tmp_path, monkeypatch):
+    monkeypatch.setattr(cpu, "has_bfloat16_units", lambda: has_units)
+    theirs = write(tiny.make("Qwen2"), tmp_path / "model.gguf", kind, "qwen2")  # with biases
+    ours, _ = tiny.load(tmp_path / "model.gguf", dtype="bfloat16")
     ids = torch.randint(ours.config.vocab_size, (40,), generator=torch.manual_seed(1))
     with torch.inference_mode():
         wanted = theirs(ids[None]).logits[0]
-    session, few = tiny.Session(ours), 4
-    logits = torch.cat([session.step({0: part})[0] for part in ids.view(-1, few).tolist()])
-    assert (logits - wanted).norm() < 0.06 * wanted.norm()  # bfloat16, through random layers
-    assert not torch.equal(logits, tiny.Session(ours).step({0: ids.tolist()})[0])
+    session = tiny.Session(ours)
+    logits = torch.cat([session.step({0: part})[0] for part in ids.view(-1, 4).tolist()])
+    assert (logits - wanted).norm() < 0.06 * wanted.norm()
 
 
-@pytest.mark.parametrize("kind", [Type.F32, Type.F16, Type.BF16, Type.Q8_0])
-@pytest.mark.parametrize("units", ["float16", "none"])
-def test_weights_of_other_types_are_kept_as_well_as_the_cpu_can(kind, units, tmp_path, monkeypatch):
-    monkeypatch.setattr(cpu, "has_bfloat16_units", lambda: False)
-    if units == "none":
-        monkeypatch.setattr(cpu, "has_float16_weights", lambda: False)
-    monkeypatch.setattr(cpu, "_LARGE", 1000)  # in pieces
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    path = tmp_path / "model.gguf"
-    theirs = write(tiny.make("Qwen2"), path, kind, "qwen2")  # with biases
-    ours, _ = tiny.load(path, quantization="gguf")
-    if units == "float16" and cpu.has_float16_weights():
-        assert len(ours.lm_head.float16_packed) == 3
-    for tokens in (1, 40):
-        ids = torch.randint(ours.config.vocab_size, (tokens,), generator=torch.manual_seed(1))
-        with torch.inference_mode():
-            wanted = theirs(ids[None]).logits[0]
-        logits = tiny.Session(ours).step({0: ids.tolist()})[0]
-        assert (logits - wanted).norm() < 2e-3 * wanted.norm()
+def test_asked_for_in_float32_no_weight_stays_quantized(tmp_path):
+    theirs = write(tiny.make("Llama"), tmp_path / "model.gguf", Type.Q4_1, "llama")
+    ours, config = tiny.load(tmp_path / "model.gguf", dtype="float32")
+    assert config.quantization is None and ours.few_tokens is None
+    tiny.assert_same_logits(ours, theirs)
 
 
 def test_untied_heads_and_rope_factors(tmp_path):
