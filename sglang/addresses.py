@@ -19,9 +19,9 @@ from dataclasses import dataclass
 import zmq
 
 SPIN_SECONDS = 0.02
-"""So long router and LLM stay awake as they wait for a GPU or its next request. Who sleeps wakes
-late, with a core that is slow and a cache that others have used: in all, a step of a lone request
-took a third of a millisecond longer."""
+"""So long router, LLM and workers stay awake as they wait for a GPU or its next request. Who sleeps
+wakes late, with a core that is slow and a cache that others have used: in all, a step of a lone
+request took half a millisecond longer."""
 
 
 @dataclass(frozen=True)

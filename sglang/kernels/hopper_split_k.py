@@ -66,19 +66,21 @@ def place_of(half: gl.constexpr, out_ptr, plan, m, n, BLOCK_M: gl.constexpr):
 
 
 @gluon.jit
-def finish(sums, i, half: gl.constexpr, plan, place, sums_ptr, counts_ptr):
+def finish(
+    sums, i, half: gl.constexpr, plan, place, sums_ptr, counts_ptr, ADDS: gl.constexpr = False
+):
     """Stores the sums of half of a program's i-th item, float32 [OUTPUTS, BLOCK_M], or its share of
-    the tile's if they are a part."""
+    the tile's if they are a part. ADDS: adds them to what is there."""
     BLOCK_M: gl.constexpr = sums.shape[1]
     if i < plan.rounds or plan.splits == 1:
-        store(sums, place)
+        store(sums, place, ADDS)
     else:
         tile = gl.program_id(0) // plan.splits * 2 + half
         tile_ptr = sums_ptr + (tile * plan.splits).to(gl.int64) * (OUTPUTS * BLOCK_M)
         own = gl.program_id(0) % plan.splits
         parts = Parts(tile_ptr, counts_ptr + tile * 2, plan.splits, own)
         store_part(sums, parts)
-        add_up(parts, BLOCK_M, place)
+        add_up(parts, BLOCK_M, place, ADDS)
 
 
 # --- on the host ---------------------------------------------------------------------------------

@@ -34,20 +34,26 @@ _ROWS = gl.constexpr(gl.BlockedLayout([8, 1], [8, 4], [1, 4], [0, 1]))
 
 
 @gluon.jit
-def store(sums, place, first=0):
-    """sums: [OUTPUTS, tokens], float32, as registers have them, of tokens `first` and on."""
+def store(sums, place, ADDS: gl.constexpr, first=0):
+    """sums: [OUTPUTS, tokens], float32, as registers have them, of tokens `first` and on. ADDS: to
+    what is there."""
     if sums.shape[1] > OUTPUTS:
         SIZE: gl.constexpr = sums.shape[1] // 2
         left, right = sums.reshape([OUTPUTS, 2, SIZE]).permute((0, 2, 1)).split()
-        store(left, place, first)
-        store(right, place, first + SIZE)
+        store(left, place, ADDS, first)
+        store(right, place, ADDS, first + SIZE)
     else:
-        sums = gl.convert_layout(sums.to(place.out_ptr.dtype.element_ty), _ROWS)
+        DTYPE: gl.constexpr = place.out_ptr.dtype.element_ty
+        sums = gl.convert_layout(sums.to(DTYPE), _ROWS)
         m = place.m + first + gl.arange(0, sums.shape[1], layout=gl.SliceLayout(0, _ROWS))
         n = place.n + gl.arange(0, OUTPUTS, layout=gl.SliceLayout(1, _ROWS))
         in_m = (m >= place.own_m) & (m < place.num_tokens)
         at = m.to(gl.int64)[None, :] * place.num_outputs + n[:, None]
-        gl.store(place.out_ptr + at, sums, mask=in_m[None, :] & (n >= place.own_n)[:, None])
+        mask = in_m[None, :] & (n >= place.own_n)[:, None]
+        if ADDS:
+            there = gl.load(place.out_ptr + at, mask=mask, other=0.0)
+            sums = (sums.to(gl.float32) + there.to(gl.float32)).to(DTYPE)
+        gl.store(place.out_ptr + at, sums, mask=mask)
 
 
 class Parts(NamedTuple):
@@ -83,7 +89,7 @@ def store_part(sums, parts):
 
 
 @gluon.jit
-def add_up(parts, TOKENS: gl.constexpr, place):
+def add_up(parts, TOKENS: gl.constexpr, place, ADDS: gl.constexpr):
     """Waits for all parts, which must be under way: no more programs than the GPU runs at once.
     Stores every count-th chunk of the tokens."""
     CHUNK: gl.constexpr = TOKENS // 4 if TOKENS >= 32 else 8
@@ -100,7 +106,7 @@ def add_up(parts, TOKENS: gl.constexpr, place):
                 part = at + (first + i) * (TOKENS * OUTPUTS)
                 sums += gl.load(part, is_there, 0.0, cache_modifier=".cg")
         sums = sums.reshape([CHUNK // 8, 4, 8, 4, 2, 2]).permute((1, 4, 2, 0, 3, 5))
-        store(sums.reshape([OUTPUTS, CHUNK]), place, chunk * CHUNK)
+        store(sums.reshape([OUTPUTS, CHUNK]), place, ADDS, chunk * CHUNK)
     if gl.atomic_add(parts.counts_ptr + 1, 1, sem="relaxed") == parts.count - 1:
         gl.store(parts.counts_ptr, 0)
         gl.store(parts.counts_ptr + 1, 0)

@@ -51,6 +51,18 @@ def int4_linear(x: torch.Tensor, w: Int4Weight, bias: torch.Tensor | None = None
     return int4_dot_triton(x, w, bias)
 
 
+def can_add(x: torch.Tensor, w: Int4Weight) -> bool:
+    """Whether `int4_added` is for these."""
+    return len(x) > MAX_TOKENS and hopper is not None and hopper.usable(x, w)
+
+
+def int4_added(
+    x: torch.Tensor, w: Int4Weight, bias: torch.Tensor | None, added: torch.Tensor
+) -> torch.Tensor:
+    """added [T, N], contiguous, += x W^T + bias."""
+    return hopper.int4_hopper_linear(x, w, bias, added=added)
+
+
 def int4_linear_naive(
     x: torch.Tensor, w: Int4Weight, bias: torch.Tensor | None = None
 ) -> torch.Tensor:

@@ -1,5 +1,5 @@
 """Products of two and more tokens with 4-bit weights (int4_weight.py), in Gluon on Hopper:
-y = x W^T + b.
+y = x W^T + b, or added to what is there.
 
 A program (hopper_split_k.py) has three groups of warps: one loads, two multiply. Weights are
 dequantized into registers, from which tensor cores take them; while one group does so, the other
@@ -92,8 +92,9 @@ def _load(x, words, scales, ring, plan, GROUP: gl.constexpr):
 
 @gluon.jit
 def _multiply(
-    half: gl.constexpr, bias_ptr, out_ptr, sums_ptr, counts_ptr, ring, plan, GROUP: gl.constexpr
-):
+    half: gl.constexpr, bias_ptr, out_ptr, sums_ptr, counts_ptr, ring, plan, GROUP: gl.constexpr,
+    ADDS: gl.constexpr,
+):  # fmt: skip
     """Half of the outputs of each tile."""
     STAGES: gl.constexpr = ring.inputs.shape[0]
     BLOCK_M: gl.constexpr = ring.inputs.shape[1]
@@ -131,7 +132,7 @@ def _multiply(
                 acc = warpgroup_mma_wait(0, deps=(acc,))
             mbarrier.arrive(ring.free.index(i))
             turn += 1
-        finish(acc, item, half, plan, place, sums_ptr, counts_ptr)
+        finish(acc, item, half, plan, place, sums_ptr, counts_ptr, ADDS)
 
 
 @gluon.jit(do_not_specialize=["num_tokens", "steps", "rounds", "left", "splits"])
@@ -150,6 +151,7 @@ def _int4_kernel(
     left,
     splits,
     GROUP: gl.constexpr,
+    ADDS: gl.constexpr,
     STAGES: gl.constexpr,
 ):
     gdc_launch_dependents()
@@ -161,8 +163,8 @@ def _int4_kernel(
     SECOND: gl.constexpr = 1
     gl.warp_specialize(
         [
-            (_multiply, (FIRST, bias_ptr, out_ptr, sums_ptr, counts_ptr, ring, plan, GROUP)),
-            (_multiply, (SECOND, bias_ptr, out_ptr, sums_ptr, counts_ptr, ring, plan, GROUP)),
+            (_multiply, (FIRST, bias_ptr, out_ptr, sums_ptr, counts_ptr, ring, plan, GROUP, ADDS)),
+            (_multiply, (SECOND, bias_ptr, out_ptr, sums_ptr, counts_ptr, ring, plan, GROUP, ADDS)),
             (_load, (x, words, scales, ring, plan, GROUP)),
         ],
         [4, 1],
@@ -199,10 +201,12 @@ def int4_hopper_linear(
     w: Int4Weight,
     bias: torch.Tensor | None = None,
     split: Split | None = None,
+    added: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """x [T, K] -> [T, N] in x's dtype, accumulated in float32, of arguments that are `usable`."""
+    """x [T, K] -> [T, N] in x's dtype, accumulated in float32, of arguments that are `usable`.
+    added: [T, N], contiguous, to which the result is added, in place."""
     num_tokens, n, k = x.shape[0], w.packed.shape[0], w.num_inputs
-    out = torch.empty(num_tokens, n, dtype=x.dtype, device=x.device)
+    out = torch.empty(num_tokens, n, dtype=x.dtype, device=x.device) if added is None else added
     if num_tokens == 0:
         return out
     split = split or choose_split(TILES, num_tokens, n, k, multiprocessors(x.device))
@@ -215,6 +219,7 @@ def int4_hopper_linear(
         tiles_of(w.scales, [groups, BLOCK_N.value], 0),
         bias, out, *room, *plan,
         GROUP=w.group_size,
+        ADDS=added is not None,
         STAGES=split.tile.stages,
         num_warps=4,
         launch_pdl=True,

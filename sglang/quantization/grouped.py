@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from sglang.kernels.gated_linear import gated_linear
-from sglang.kernels.int4 import dequantize_int4_triton, int4_linear
+from sglang.kernels.int4 import can_add, dequantize_int4_triton, int4_added, int4_linear
 from sglang.kernels.int4_gemv import MAX_TOKENS, int4_fused_linear
 from sglang.kernels.int4_weight import Int4Weight, pack_int4, pack_scales
 from sglang.quantization.base import LinearMethod, StoredTensor
@@ -143,6 +143,13 @@ class GroupedLinear(LinearMethod):
         if many and layer.input_order is None and bias is None:
             return gated_linear(x, dequantize_int4_triton(layer.int4, x.dtype))
         return super().apply_gated(layer, x, bias)
+
+    def apply_added(
+        self, layer: Linear, x: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if layer.int4 is None or layer.input_order is not None or not can_add(x, layer.int4):
+            return super().apply_added(layer, x, bias, residual)
+        return int4_added(x, layer.int4, bias, residual), None
 
 
 class AWQLinear(GroupedLinear):

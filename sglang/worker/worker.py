@@ -87,6 +87,7 @@ def run_worker(args: ServerArgs, config: ModelConfig, addresses: Addresses, rank
         gpu_spans = GPUSpans(recorder.lane("GPU"))
         timed = gpu_spans.step
     link = connect(addresses.workers)
+    link.spins = device.type == "cuda"
     replies = Replies(device, link if rank == 0 else None, recorder.lane("reply"), gpu_spans)
     ready = WorkerReady(rank, runner.kv_cache.num_slots, runner.rows.num_rows, runner.chunk_size)
     link.send_bytes(encode(ready))

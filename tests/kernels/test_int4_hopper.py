@@ -65,6 +65,24 @@ def test_full_rounds_and_parts_of_any_number_in_one_launch() -> None:
 
 
 @on_hopper
+@pytest.mark.parametrize("tile", hopper.TILES, ids=lambda tile: f"{tile.block_m} tokens")
+def test_adds_to_what_is_there_wherever_tiles_overlap(tile: Tile) -> None:
+    rng = random.Random(tile.block_m)
+    torch.manual_seed(0)
+    for tokens in (tile.block_m, tile.block_m + 5, 700):
+        n, k = rng.choice([136, 1168, 2016]), 1280
+        w = random_int4(n, k, 128, torch.bfloat16)
+        x, there = (
+            randn(tokens, k, dtype=torch.float16) / k**0.5,
+            randn(tokens, n, dtype=torch.float16),
+        )
+        for splits in (None, any_split(rng, tile, tokens, n, k)):
+            added = there.clone()
+            assert hopper.int4_hopper_linear(x, w, None, splits, added) is added
+            assert_close(added, there + expected(x, w, None))
+
+
+@on_hopper
 @pytest.mark.parametrize("gap, first", [(8, 0), (8, 3), (5, 0)])
 def test_rows_of_the_input_lie_anywhere(gap: int, first: int) -> None:
     torch.manual_seed(0)
