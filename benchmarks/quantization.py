@@ -27,7 +27,7 @@ import triton
 from kernel_cases import copies
 from kernels import seconds_per_call
 
-from sglang.kernels import int4, int4_gemv, int4_hopper, one_token, w8a8_gemv, w8a8_hopper
+from sglang.kernels import int4, int4_gemv, int4_hopper, linear_hopper, one_token, w8a8_gemv
 from sglang.kernels import quant_w8a8 as w8a8
 from sglang.kernels.hopper import multiprocessors
 from sglang.kernels.hopper_split_k import Split, possible_splits
@@ -115,7 +115,7 @@ class Case:
         if config == "library":
             return w8a8.scaled_matmul_library(*self.quantized, *weight, DTYPE)
         if isinstance(config, Split):
-            return w8a8_hopper.w8a8_hopper(*self.quantized, *weight, DTYPE, None, config)
+            return linear_hopper.w8a8_hopper(*self.quantized, *weight, DTYPE, None, config)
         if isinstance(config, w8a8.W8A8Config):
             return w8a8.scaled_matmul_triton(*self.quantized, *weight, DTYPE, None, config)
         if config is None and not w8a8_gemv.is_few(x, weight[0]):
@@ -142,7 +142,7 @@ def candidates(method: str, shape: Shape, tokens: int) -> list:
     found: list = [None]
     processors = multiprocessors(torch.device("cuda"))
     if processors and tokens > 1:
-        tiles = (int4_hopper if method == "int4" else w8a8_hopper).TILES
+        tiles = (int4_hopper if method == "int4" else linear_hopper).TILES
         found += possible_splits(tiles, tokens, shape.n, shape.k, processors)
         others = {"int4": ["dequantize"], "fp8": ["library"]} if tokens >= 64 else {}
         return found + others.get(method, [])

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from sglang.kernels.activation import silu_and_mul, silu_and_mul_naive
+from sglang.kernels.linear import linear
 
 try:
     from sglang.kernels import gated_linear_hopper as hopper
@@ -18,7 +19,7 @@ def gated_linear(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     and up are rounded to it first, in all kernels."""
     if hopper is not None and hopper.usable(x, w):
         return hopper.gated_linear_hopper(x, w)
-    return silu_and_mul(F.linear(x, w))
+    return silu_and_mul(linear(x, w))
 
 
 def gated_linear_naive(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:

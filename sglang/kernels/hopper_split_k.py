@@ -1,4 +1,4 @@
-"""How products on Hopper are shared out (int4_hopper.py, w8a8_hopper.py), in Gluon.
+"""How products on Hopper are shared out (int4_hopper.py, linear_hopper.py), in Gluon.
 
 They are transposed (out^T = W x^T): tiles have 128 outputs, 64 of either of two groups of warps,
 and some tokens. Programs are persistent, one for each SM. Of what does not fill them evenly, the

@@ -16,7 +16,7 @@ from sglang.kernels.launch import launch_next, pdl, wait_for_previous
 from sglang.kernels.quant_split_k import split_k_workspace, sum_splits, tile_of
 
 try:
-    from sglang.kernels import w8a8_hopper as hopper
+    from sglang.kernels import linear_hopper as hopper
 except ImportError:  # Triton without Gluon, or with an older one
     hopper = None
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 
 from sglang.kernels.activation import silu_and_mul
 from sglang.kernels.few_linear import few_linear, is_small
 from sglang.kernels.gated_linear import gated_linear
 from sglang.kernels.gemv import fused_linear, is_few
+from sglang.kernels.linear import add_linear, linear
 from sglang.kernels.row_scale import MAX_INPUTS, RowScale, row_scale
 from sglang.quantization.base import LinearMethod, Quantization, StoredTensor
 
@@ -50,7 +50,7 @@ class Unquantized(LinearMethod, Quantization):
         if is_few(x):
             return fused_linear(x, layer.weight, bias)[0]
         if layer.packed is None:
-            return F.linear(x, layer.weight, bias)
+            return linear(x, layer.weight, bias)
         return torch.ops.mkldnn._linear_pointwise(x, layer.packed, bias, "none", [], "")
 
     def apply_normed(
@@ -67,7 +67,7 @@ class Unquantized(LinearMethod, Quantization):
         if layer.packed is None and residual is None and is_small(x, layer.weight):
             return few_linear(x, layer.weight, bias, norm.weight, norm.eps, gated), x
         if gated and residual is None and (scale := self._scale_of(x, norm)) is not None:
-            return silu_and_mul(F.linear(x, layer.weight), scale), x
+            return silu_and_mul(linear(x, layer.weight), scale), x
         return super().apply_normed(layer, x, bias, norm, residual, gated)
 
     def apply_unscaled(
@@ -81,7 +81,7 @@ class Unquantized(LinearMethod, Quantization):
         scale = self._scale_of(x, norm) if residual is None else None
         if scale is None or is_few(x) or is_small(x, layer.weight):
             return super().apply_unscaled(layer, x, bias, norm, residual)
-        return F.linear(x, layer.weight), x, scale
+        return linear(x, layer.weight), x, scale
 
     def _scale_of(self, x: torch.Tensor, norm: RMSNorm) -> RowScale | None:
         """What outputs of x without the norm are to be multiplied by, if that is the quick way."""
@@ -100,8 +100,8 @@ class Unquantized(LinearMethod, Quantization):
         if layer.packed is None and not is_few(x):
             if is_small(x, layer.weight):
                 return few_linear(x, layer.weight, bias, added=residual), None
-            if bias is None:  # BLAS adds up as it goes
-                return residual.addmm_(x, layer.weight.t()), None
+            if bias is None:
+                return add_linear(residual, x, layer.weight), None
         return super().apply_added(layer, x, bias, residual)
 
 

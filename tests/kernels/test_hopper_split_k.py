@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("sglang.kernels.hopper_split_k", reason="needs Gluon", exc_type=ImportError)
 
-from sglang.kernels import hopper, hopper_split_k, int4_hopper, w8a8_hopper
+from sglang.kernels import hopper, hopper_split_k, int4_hopper, linear_hopper
 from sglang.kernels.hopper_split_k import Plan, Split, choose_split
 
 
@@ -19,7 +19,7 @@ def test_items_are_all_steps_of_all_tiles_once(seed: int, monkeypatch) -> None:
     rng = random.Random(seed)
     num_tokens, n, k = rng.randint(2, 5000), rng.randint(128, 6000), 128 * rng.randint(1, 90)
     processors = rng.choice([5, 114, 132])
-    tiles = rng.choice([int4_hopper.TILES, w8a8_hopper.TILES])
+    tiles = rng.choice([int4_hopper.TILES, linear_hopper.TILES])
     split = choose_split(tiles, num_tokens, n, k, processors)
     rounds, left = split.shares(num_tokens, n, processors)
     programs = processors if rounds else left * split.splits
@@ -47,7 +47,7 @@ def test_items_are_all_steps_of_all_tiles_once(seed: int, monkeypatch) -> None:
         assert [step for part in sorted(parts) for step in range(*part)] == list(range(k // 128))
 
 
-@pytest.mark.parametrize("tiles", [int4_hopper.TILES, w8a8_hopper.TILES], ids=["int4", "w8a8"])
+@pytest.mark.parametrize("tiles", [int4_hopper.TILES, linear_hopper.TILES], ids=["int4", "w8a8"])
 @pytest.mark.parametrize("seed", range(10))
 def test_the_choice_is_legal_and_has_the_least_estimate(seed: int, tiles: tuple) -> None:
     rng = random.Random(seed)
@@ -77,7 +77,7 @@ def test_the_choice_is_legal_and_has_the_least_estimate(seed: int, tiles: tuple)
 def test_the_choice_is_what_was_quickest(
     bits: int, tokens: int, n: int, k: int, block_m: int, splits: int
 ) -> None:
-    tiles = {4: int4_hopper.TILES, 8: w8a8_hopper.TILES}[bits]
+    tiles = {4: int4_hopper.TILES, 8: linear_hopper.TILES}[bits]
     split = choose_split(tiles, tokens, n, k, 132)
     assert (split.tile.block_m, split.splits) == (block_m, splits)
 

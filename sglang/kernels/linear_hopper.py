@@ -1,5 +1,5 @@
-"""8-bit products of two and more tokens (quant_w8a8.py), int8 or FP8, in Gluon on Hopper. A program
-(hopper_split_k.py) has three groups of warps: one loads, two multiply."""
+"""Products with weights of 8 bits (quant_w8a8.py), int8 or FP8, and of 16, in Gluon on Hopper. A
+program (hopper_split_k.py) has three groups of warps: one loads, two multiply."""
 
 from __future__ import annotations
 
@@ -75,23 +75,29 @@ def _load(x, weight, ring, plan):
 
 
 @gluon.jit
-def _multiply(half: gl.constexpr, scaling, bias_ptr, out_ptr, sums_ptr, counts_ptr, ring, plan):
+def _multiply(
+    half: gl.constexpr, scaling, bias_ptr, out_ptr, sums_ptr, counts_ptr, ring, plan,
+    ADDS: gl.constexpr,
+):  # fmt: skip
     """Half of the outputs of each tile."""
     BLOCK_M: gl.constexpr = ring.tiles.shape[1]
     IS_INT: gl.constexpr = ring.tiles.dtype == gl.int8
     SUM: gl.constexpr = gl.int32 if IS_INT else gl.float32
     AT_ONCE: gl.constexpr = 128 if IS_INT and BLOCK_M > 128 else BLOCK_M  # what Triton can
-    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, AT_ONCE, 32])
+    DEPTH: gl.constexpr = 256 // ring.tiles.dtype.primitive_bitwidth
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, AT_ONCE, DEPTH])
     outputs = gl.arange(0, OUTPUTS, layout=gl.SliceLayout(1, ACC))
     tokens = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, ACC))
-    gdc_wait()  # the kernel before made the scales of tokens
+    if scaling.scale_ptr is not None:
+        gdc_wait()  # the kernel before made the scales of tokens
     turn = 0
     for item in range(num_items(plan)):
         own_m, own_n, first, end = item_at(item, plan, BLOCK_M)
         place = place_of(half, out_ptr, plan, own_m, own_n, BLOCK_M)
-        m = gl.minimum(place.m + tokens, plan.num_tokens - 1)
-        scales = gl.load(scaling.scale_ptr + place.n + outputs)
-        x_scales = gl.load(scaling.x_scale_ptr + m)
+        if scaling.scale_ptr is not None:
+            m = gl.minimum(place.m + tokens, plan.num_tokens - 1)
+            scales = gl.load(scaling.scale_ptr + place.n + outputs)
+            x_scales = gl.load(scaling.x_scale_ptr + m)
         acc = gl.zeros([OUTPUTS, BLOCK_M], SUM, ACC)
         for step in range(first, end):
             inputs, weights, ready, _free, parity = pair_stage(ring, turn)
@@ -103,19 +109,21 @@ def _multiply(half: gl.constexpr, scaling, bias_ptr, out_ptr, sums_ptr, counts_p
             turn += 1
         acc = warpgroup_mma_wait(0, deps=(acc,))
         mbarrier.arrive(pair_stage(ring, turn - 1)[3])
-        sums = acc.to(gl.float32) * x_scales[None, :] * scales[:, None]
+        sums = acc.to(gl.float32)
+        if scaling.scale_ptr is not None:
+            sums = sums * x_scales[None, :] * scales[:, None]
         if bias_ptr is not None:
             bias = gl.load(bias_ptr + place.n + outputs).to(gl.float32)
             sums += gl.where(first == 0, bias, 0.0)[:, None]
-        finish(sums, item, half, plan, place, sums_ptr, counts_ptr)
+        finish(sums, item, half, plan, place, sums_ptr, counts_ptr, ADDS)
 
 
 @gluon.jit(do_not_specialize=["num_tokens", "steps", "rounds", "left", "splits"])
-def _w8a8_kernel(
+def _linear_kernel(
     x,  # descriptors: of [T, K], tiles of [BLOCK_M, STEP]
     weight,  # [N, K], tiles of [BLOCK_N, STEP]
-    x_scale_ptr,  # float32 [T]
-    scale_ptr,  # float32 [N]
+    x_scale_ptr,  # float32 [T], and...
+    scale_ptr,  # ...float32 [N], of 8-bit weights
     bias_ptr,
     out_ptr,  # [T, N]
     sums_ptr,  # float32 [left, 2, splits, OUTPUTS BLOCK_M]
@@ -126,6 +134,7 @@ def _w8a8_kernel(
     rounds,
     left,
     splits,
+    ADDS: gl.constexpr,
     STAGES: gl.constexpr,
 ):
     gdc_launch_dependents()
@@ -138,8 +147,14 @@ def _w8a8_kernel(
     SECOND: gl.constexpr = 1
     gl.warp_specialize(
         [
-            (_multiply, (FIRST, scaling, bias_ptr, out_ptr, sums_ptr, counts_ptr, ring, plan)),
-            (_multiply, (SECOND, scaling, bias_ptr, out_ptr, sums_ptr, counts_ptr, ring, plan)),
+            (
+                _multiply,
+                (FIRST, scaling, bias_ptr, out_ptr, sums_ptr, counts_ptr, ring, plan, ADDS),
+            ),
+            (
+                _multiply,
+                (SECOND, scaling, bias_ptr, out_ptr, sums_ptr, counts_ptr, ring, plan, ADDS),
+            ),
             (_load, (x, weight, ring, plan)),
         ],
         [4, 1],
@@ -156,11 +171,40 @@ TILES = (  # on an H200
 )
 
 
+TILES_OF_16_BITS = (  # on an H200, at the shapes of Qwen3-0.6B
+    Tile(32, stages=5, start=2.0, step=0.33, load=0.0075, parts=1.3, each_part=0.03),
+    Tile(64, stages=4, start=2.2, step=0.42, load=0.0085, parts=1.6, each_part=0.05),
+)
+
+
 def usable(x: torch.Tensor, weight: torch.Tensor) -> bool:
     n, k = weight.shape
     return (
         multiprocessors(x.device) > 0 and n >= BLOCK_N.value and n % 8 == 0 and k % STEP.value == 0
     )
+
+
+def _launch(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scales: tuple[torch.Tensor, torch.Tensor] | tuple[None, None],
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    adds: bool,
+    split: Split,
+) -> torch.Tensor:
+    (num_tokens, k), n = x.shape, weight.shape[0]
+    programs, room, plan = split.launch(num_tokens, n, k, x.device)
+    _linear_kernel[(programs,)](
+        tiles_of(x, [split.tile.block_m, STEP.value]),
+        tiles_of(weight, [BLOCK_N.value, STEP.value]),
+        *scales, bias, out, *room, *plan,
+        ADDS=adds,
+        STAGES=split.tile.stages,
+        num_warps=4,
+        launch_pdl=True,
+    )  # fmt: skip
+    return out
 
 
 def w8a8_hopper(
@@ -178,13 +222,19 @@ def w8a8_hopper(
     if num_tokens == 0:
         return out
     split = split or choose_split(TILES, num_tokens, n, k, multiprocessors(x.device))
-    programs, room, plan = split.launch(num_tokens, n, k, x.device)
-    _w8a8_kernel[(programs,)](
-        tiles_of(x, [split.tile.block_m, STEP.value]),
-        tiles_of(weight, [BLOCK_N.value, STEP.value]),
-        x_scales, scales, bias, out, *room, *plan,
-        STAGES=split.tile.stages,
-        num_warps=4,
-        launch_pdl=True,
-    )  # fmt: skip
-    return out
+    return _launch(x, weight, (x_scales, scales), bias, out, False, split)
+
+
+def linear_hopper(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    added: torch.Tensor | None = None,
+    split: Split | None = None,
+) -> torch.Tensor:
+    """x [T, K] -> x W^T + bias, [T, N], of arguments of one 16-bit type that are `usable`.
+    added: [T, N], contiguous, to which the result is added, in place."""
+    (num_tokens, k), n = x.shape, weight.shape[0]
+    out = torch.empty(num_tokens, n, dtype=x.dtype, device=x.device) if added is None else added
+    split = split or choose_split(TILES_OF_16_BITS, num_tokens, n, k, multiprocessors(x.device))
+    return _launch(x, weight, (None, None), bias, out, added is not None, split)
