@@ -1,17 +1,20 @@
-"""The demo model on a CPU, beside transformers in one run: float32, greedy, the same prompts.
+"""The demo model on a CPU, beside transformers in one run, and beside llama.cpp where its Python
+package is installed (pip install llama-cpp-python): greedy, the same prompts.
 
     python benchmarks/cpu.py
 
 Rounds alternate between the engines and the median of each counts, as a shared machine disturbs now
 one and now the other. For eight requests transformers has two ways: `generate` for one after the
 other, and one `generate` for a batch, which is possible where all eight are there at the start.
-The last rows are those of --quantization gguf: weights stay in the 4 bits of the model's file.
+"As stored" is how the demo model is served: its weights stay in the file's 4 and 8 bits, as they do
+in llama.cpp. "float32": dequantized, as in transformers.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import os
 import random
@@ -70,6 +73,32 @@ class Theirs:
         return [self.batch([prompt], length)[0] for prompt in prompts]
 
 
+class LlamaCpp:
+    """One request after the other, on all cores."""
+
+    def __init__(self) -> None:
+        from llama_cpp import Llama
+
+        from sglang import demo_model
+
+        cores = len(os.sched_getaffinity(0))
+        self._llama = Llama(
+            str(demo_model.fetch()),
+            n_ctx=2048,
+            n_threads=cores,
+            n_threads_batch=cores,
+            verbose=False,
+        )
+
+    def generate(self, prompts: list[list[int]], length: int) -> list[list[int]]:
+        outs = []
+        for prompt in prompts:
+            self._llama.reset()
+            tokens = self._llama.generate(prompt, temp=0.0, reset=True)
+            outs.append([token for token, _ in zip(tokens, range(length), strict=False)])
+        return outs
+
+
 def timed(action: Callable) -> tuple[float, object]:
     start = time.perf_counter()
     result = action()
@@ -96,9 +125,9 @@ def main() -> None:
     one = many[:1]
 
     print(f"{len(os.sched_getaffinity(0))} cores, {args.input_len} tokens in, {n} out")
-    startup, exact = timed(lambda: Ours(["--dtype", "float32", *flags]))
+    startup, quick = timed(lambda: Ours(flags))
     print(f"sglang ready after {startup:.1f} s (model in the cache)", flush=True)
-    quick = Ours(["--quantization", "gguf", *flags])
+    exact = Ours(["--dtype", "float32", *flags])
     theirs = Theirs()
     # name -> (what runs it, requests, tokens of each)
     ways: dict[str, tuple[Callable, list[list[int]], int]] = {
@@ -109,10 +138,17 @@ def main() -> None:
         "transformers 8 as a batch": (theirs.batch, many, n),
         "sglang prefill": (exact.generate, long, 1),
         "transformers prefill": (theirs.batch, long, 1),
-        "sglang 4-bit 1": (quick.generate, one, n),
-        "sglang 4-bit 8": (quick.generate, many, n),
-        "sglang 4-bit prefill": (quick.generate, long, 1),
+        "sglang as stored 1": (quick.generate, one, n),
+        "sglang as stored 8": (quick.generate, many, n),
+        "sglang as stored prefill": (quick.generate, long, 1),
     }
+    if importlib.util.find_spec("llama_cpp"):
+        llama = LlamaCpp()
+        ways |= {
+            "llama.cpp 1": (llama.generate, one, n),
+            "llama.cpp 8": (llama.generate, many, n),
+            "llama.cpp prefill": (llama.generate, long, 1),
+        }
     rates: dict[str, list[float]] = {name: [] for name in ways}
     outputs: dict[str, object] = {}
     for generate in (exact.generate, quick.generate, theirs.batch):
@@ -129,20 +165,25 @@ def main() -> None:
     quick.llm.shutdown()
 
     median = {name: statistics.median(values) for name, values in rates.items()}
-    same = outputs["sglang 8"] == outputs["transformers 8 in turn"]
-    print(f"\nThe tokens of the float32 rows are {'the same' if same else 'NOT the same'}.\n")
-    print("| | transformers, tok/s | sglang, tok/s | ratio |\n|---|---|---|---|")
-    for label, peer, name in (
-        ("1 request", "transformers 1", "sglang 1"),
-        ("8 requests, `generate` in turn", "transformers 8 in turn", "sglang 8"),
-        ("8 requests, one batch", "transformers 8 as a batch", "sglang 8"),
-        (f"prefill of {LONG} tokens", "transformers prefill", "sglang prefill"),
-        ("1 request, 4-bit weights", "transformers 1", "sglang 4-bit 1"),
-        ("8 requests, 4-bit weights", "transformers 8 as a batch", "sglang 4-bit 8"),
-        (f"prefill of {LONG}, 4-bit weights", "transformers prefill", "sglang 4-bit prefill"),
+    expected = outputs["transformers 8 in turn"]
+    same = expected == outputs["sglang 8"] == outputs["sglang as stored 8"]
+    print(f"\nThe tokens of sglang's rows are {'' if same else 'NOT '}those of transformers.\n")
+    columns = ("transformers", "sglang", "llama.cpp", "sglang as stored")
+    print("| tok/s | transformers, float32 | sglang, float32 | llama.cpp | sglang, as stored |")
+    print("|---|---|---|---|---|")
+    for label, what in (
+        ("1 request", "1"),
+        ("8 requests, transformers and llama.cpp in turn", "8"),
+        ("8 requests, transformers as a batch", "8"),
+        (f"prefill of {LONG} tokens", "prefill"),
     ):
-        ratio = median[name] / median[peer]
-        print(f"| {label} | {median[peer]:.1f} | {median[name]:.1f} | {ratio:.2f}x |")
+        cells = []
+        for column in columns:
+            way = f"{column} {what}"
+            if column == "transformers" and what == "8":
+                way += " as a batch" if "batch" in label else " in turn"
+            cells.append(f"{median[way]:.1f}" if way in median else "")
+        print(f"| {label} | {' | '.join(cells)} |")
     if args.json:
         figures = {"startup_s": startup, "same_tokens": same, "tok_s": rates}
         Path(args.json).write_text(json.dumps(figures, indent=1))

@@ -1,6 +1,8 @@
 // What a step of a few tokens does on a CPU, all in float32. cpu.py says what the arguments are.
 // The vectors are GNU C++'s: gcc and clang make of them what the CPU has.
 
+#include <omp.h>
+
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -151,37 +153,66 @@ void linear(const float* x, const void* weights, const float* bias, float* out, 
 
 // --- attention -------------------------------------------------------------------------------------
 
-// Of one query head over the tokens in `slots`. scores: [length, filled up to LANES].
-void attend(const float* q, const float* k, const float* v, const int32_t* slots, int64_t length,
-            int64_t stride, int64_t dim, float scale, float* scores, float* out) {
+struct Row {
+  const float *q, *k, *v;
+  const int32_t* slots;
+  int64_t length, dim, kv_heads, group;  // query heads that share a KV head
+  float scale;
+  float* out;
+
+  int64_t key(int64_t i, int64_t head) const {
+    return (slots[i] * kv_heads + head / group) * dim;
+  }
+};
+
+// Some query heads of a row, block by block of its tokens: a token's K, and V, of all heads lie side
+// by side. scores: [heads, length filled up to LANES].
+void attend(const Row& row, int64_t first_head, int64_t end_head, float* scores) {
   constexpr int64_t VECTORS = 4;  // that are summed up side by side
-  float most = -INFINITY;
-  for (int64_t i = 0; i < length; i++) {
-    const float* key = k + slots[i] * stride;
-    Floats totals[VECTORS] = {};
-    for (int64_t d = 0; d < dim; d += VECTORS * LANES)
+  constexpr int64_t BLOCK = 64;
+  int64_t length = row.length, dim = row.dim, room = (length + LANES - 1) / LANES * LANES;
+  for (int64_t first = 0; first < length; first += BLOCK)
+    for (int64_t head = first_head; head < end_head; head++)
+      for (int64_t i = first; i < length && i < first + BLOCK; i++) {
+        const float *q = row.q + head * dim, *k = row.k + row.key(i, head);
+        Floats totals[VECTORS] = {};
+        for (int64_t d = 0; d < dim; d += VECTORS * LANES)
 #pragma GCC unroll 4
-      for (int j = 0; j < VECTORS; j++)
-        totals[j] += load(q + d + j * LANES) * load(key + d + j * LANES);
-    scores[i] = sum((totals[0] + totals[1]) + (totals[2] + totals[3])) * scale;
-    most = scores[i] > most ? scores[i] : most;
-  }
-  for (int64_t i = length; i % LANES; i++) scores[i] = -INFINITY;
-  Floats weights = {};
-  for (int64_t i = 0; i < length; i += LANES) {
-    Floats some = exp(load(scores + i) - most);
-    store(some, scores + i);
-    weights += some;
-  }
-  for (int64_t d = 0; d < dim; d += VECTORS * LANES) {
-    Floats totals[VECTORS] = {};
-    for (int64_t i = 0; i < length; i++) {
-      const float* value = v + slots[i] * stride + d;
-#pragma GCC unroll 4
-      for (int j = 0; j < VECTORS; j++) totals[j] += load(value + j * LANES) * scores[i];
+          for (int j = 0; j < VECTORS; j++)
+            totals[j] += load(q + d + j * LANES) * load(k + d + j * LANES);
+        float score = sum((totals[0] + totals[1]) + (totals[2] + totals[3]));
+        scores[(head - first_head) * room + i] = score * row.scale;
+      }
+  for (int64_t head = first_head; head < end_head; head++) {
+    float *of_head = scores + (head - first_head) * room, *out = row.out + head * dim;
+    float most = -INFINITY;
+    for (int64_t i = 0; i < length; i++) most = of_head[i] > most ? of_head[i] : most;
+    for (int64_t i = length; i < room; i++) of_head[i] = -INFINITY;
+    Floats total = {};
+    for (int64_t i = 0; i < length; i += LANES) {
+      Floats weights = exp(load(of_head + i) - most);
+      store(weights, of_head + i);
+      total += weights;
     }
-    for (int j = 0; j < VECTORS; j++) store(totals[j] / sum(weights), out + d + j * LANES);
+    for (int64_t i = 0; i < length; i += LANES) store(load(of_head + i) / sum(total), of_head + i);
+    std::memset(out, 0, dim * sizeof(float));
   }
+  for (int64_t first = 0; first < length; first += BLOCK)
+    for (int64_t head = first_head; head < end_head; head++)
+      for (int64_t d = 0; d < dim; d += VECTORS * LANES) {
+        float* out = row.out + head * dim + d;
+        Floats totals[VECTORS];
+#pragma GCC unroll 4
+        for (int j = 0; j < VECTORS; j++) totals[j] = load(out + j * LANES);
+        for (int64_t i = first; i < length && i < first + BLOCK; i++) {
+          const float* v = row.v + row.key(i, head) + d;
+          float weight = scores[(head - first_head) * room + i];
+#pragma GCC unroll 4
+          for (int j = 0; j < VECTORS; j++) totals[j] += load(v + j * LANES) * weight;
+        }
+#pragma GCC unroll 4
+        for (int j = 0; j < VECTORS; j++) store(totals[j], out + j * LANES);
+      }
 }
 
 }  // namespace
@@ -256,19 +287,22 @@ void decode_attention(const float* q, const float* k_cache, const float* v_cache
                       const int32_t* slot_table, const int32_t* rows, const int32_t* kv_lens,
                       float* out, int64_t num_rows, int64_t q_heads, int64_t kv_heads, int64_t dim,
                       int64_t q_stride, int64_t table_stride, int64_t window, float scale) {
+  // A task has all heads of a row if there are rows for all threads, else one.
+  int64_t heads = num_rows >= omp_get_max_threads() ? q_heads : 1;
 #pragma omp parallel
   {
     std::vector<float> scores;
 #pragma omp for schedule(dynamic)
-    for (int64_t i = 0; i < num_rows * q_heads; i++) {
-      int64_t row = i / q_heads, head = i % q_heads, length = kv_lens[row];
+    for (int64_t i = 0; i < num_rows * q_heads; i += heads) {
+      int64_t n = i / q_heads, head = i % q_heads, length = kv_lens[n];
       int64_t seen = window && window < length ? window : length;
       if (!seen) continue;
-      if (scores.size() < size_t(seen + LANES)) scores.resize(seen + LANES);
-      const int32_t* slots = slot_table + rows[row] * table_stride + length - seen;
-      int64_t kv_at = head / (q_heads / kv_heads) * dim;
-      attend(q + row * q_stride + head * dim, k_cache + kv_at, v_cache + kv_at, slots, seen,
-             kv_heads * dim, dim, scale, scores.data(), out + i * dim);
+      if (scores.size() < size_t(heads * (seen + LANES))) scores.resize(heads * (seen + LANES));
+      const int32_t* slots = slot_table + rows[n] * table_stride + length - seen;
+      int64_t group = q_heads / kv_heads;
+      Row row = {q + n * q_stride, k_cache, v_cache, slots, seen, dim, kv_heads, group, scale,
+                 out + n * q_heads * dim};
+      attend(row, head, head + heads, scores.data());
     }
   }
 }
