@@ -38,8 +38,8 @@ class ServerArgs:
     )
     quantization: str | None = _flag(
         None,
-        "fp8, int8: round the weights at load; gguf: keep a GGUF file's 4-bit weights, on a CPU; "
-        "others: what the checkpoint must be",
+        "fp8, int8: round the weights at load; gguf: a GGUF file's weights as stored, as by "
+        "default on a CPU, unless --dtype float32; others: what the checkpoint must be",
         choices=("fp8", "int8", "gguf", "awq", "gptq", "compressed-tensors"),
     )
     device: str = _flag("auto", "where the model runs", choices=("auto", "cuda", "cpu"))
