@@ -29,6 +29,8 @@ _FLAGS = ("-std=c++17", "-O2", "-march=native", "-fopenmp", "-shared", "-fPIC")
 LANES = 8
 GROUP = 32
 """Inputs that share a scale."""
+FEW_TOKENS = 16
+"""With more, torch's products with dequantized weights are quicker."""
 
 _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _ARGUMENTS = {

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from sglang.layers.linear import Linear
     from sglang.models.decoder import Decoder
     from sglang.worker.batch import Batch
+    from sglang.worker.kv_pool import KVPool
 
 
 class _Layer(ctypes.Structure):
@@ -26,8 +27,6 @@ class _Layer(ctypes.Structure):
 
 class CPUDecoder:
     """Of float32 activations and int4 weights, without biases, on one rank."""
-
-    MAX_TOKENS = 8
 
     @classmethod
     def of(cls, model: Decoder) -> CPUDecoder | None:
@@ -44,18 +43,21 @@ class CPUDecoder:
 
     def __init__(self, model: Decoder) -> None:
         self._model = model
+        self._cache: KVPool | None = None
         self._layers: ctypes.Array[_Layer] | None = None
+        """Where things are; K and V in `_cache`."""
 
     def takes(self, batch: Batch) -> bool:
-        return batch.num_decode == len(batch.rows) <= self.MAX_TOKENS
+        return batch.num_decode == len(batch.rows) <= cpu.FEW_TOKENS
 
     def run(
         self, x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, batch: Batch
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As DecoderLayer.forward, of all layers. x is overwritten."""
         config, attention = self._model.config, self._model.layers[0].self_attn
-        if self._layers is None:
-            caches = zip(batch.kv_cache.k, batch.kv_cache.v, strict=True)
+        if self._cache is not batch.kv_cache:
+            self._cache = batch.kv_cache
+            caches = zip(self._cache.k, self._cache.v, strict=True)
             layers = [_layer(*pair) for pair in zip(self._model.layers, caches, strict=True)]
             self._layers = (_Layer * len(layers))(*layers)
         added = torch.empty_like(x)
@@ -63,7 +65,7 @@ class CPUDecoder:
             x.data_ptr(), added.data_ptr(), self._layers, positions.data_ptr(),
             batch.slots.data_ptr(), cos_sin.data_ptr(), batch.slot_table.data_ptr(),
             batch.rows.data_ptr(), batch.kv_lens.data_ptr(),
-            len(self._layers), len(x), config.hidden_size, config.intermediate_size,
+            config.num_layers, len(x), config.hidden_size, config.intermediate_size,
             attention.num_heads, attention.num_kv_heads, config.head_dim,
             batch.slot_table.stride(0), config.rms_norm_eps, attention.scale,
         )  # fmt: skip

@@ -29,9 +29,6 @@ class CPULinear:
     """What a method does with `layer.weight`, [N, K] in floating point, and maybe a form of it in 4
     or 8 bits."""
 
-    FEW_TOKENS = 8
-    """Up to here that form is quicker."""
-
     @classmethod
     def prepare(cls, layer: Linear, bits: int = 0, stored: tuple[torch.Tensor, ...] = ()) -> None:
         """stored: (q uint8 [N, K] of so many bits, scales [N, groups], low [N, groups]),
@@ -51,7 +48,7 @@ class CPULinear:
 
     @classmethod
     def apply(cls, layer: Linear, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        if layer.blocks is not None and len(x) <= cls.FEW_TOKENS:
+        if layer.blocks is not None and len(x) <= cpu.FEW_TOKENS:
             bias = None if bias is None else bias.float()
             return cpu.linear(x.float(), layer.blocks, layer.bits, bias).to(x.dtype)
         if layer.compute_dtype == x.dtype:

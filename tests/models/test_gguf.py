@@ -109,7 +109,8 @@ def test_weights_that_stay_quantized_give_the_same_logits(family, tied, kind, tm
     assert all(layer.mlp.down_proj.bits == 4 for layer in ours.layers)
     assert all(layer.mlp.down_proj.blocks is not None for layer in ours.layers)
     assert (ours.few_tokens is not None) == (family == "Llama")
-    tiny.assert_same_logits(ours, theirs)
+    for _ in range(2):  # KV pools
+        tiny.assert_same_logits(ours, theirs)
 
 
 @needs_compiler
