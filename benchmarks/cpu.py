@@ -95,7 +95,7 @@ class LlamaCpp:
         outs = []
         for prompt in prompts:
             self._llama.reset()
-            tokens = self._llama.generate(prompt, temp=0.0, reset=True)
+            tokens = self._llama.generate(prompt, temp=0.0)
             outs.append([token for token, _ in zip(tokens, range(length), strict=False)])
         return outs
 
@@ -173,21 +173,19 @@ def main() -> None:
     expected = outputs["transformers 8 in turn"]
     same = expected == outputs["sglang 8"] == outputs["sglang as stored 8"]
     print(f"\nThe tokens of sglang's rows are {'' if same else 'NOT '}those of transformers.\n")
-    columns = ("transformers", "sglang", "llama.cpp", "sglang as stored")
     print("| tok/s | transformers, float32 | sglang, float32 | llama.cpp | sglang, as stored |")
     print("|---|---|---|---|---|")
-    for label, what in (
-        ("1 request", "1"),
-        ("8 requests, transformers and llama.cpp in turn", "8"),
-        ("8 requests, transformers as a batch", "8"),
-        (f"prefill of {LONG} tokens", "prefill"),
-    ):
-        cells = []
-        for column in columns:
-            way = f"{column} {what}"
-            if column == "transformers" and what == "8":
-                way += " as a batch" if "batch" in label else " in turn"
-            cells.append(f"{median[way]:.1f}" if way in median else "")
+    for label, theirs_way, llama_way, what in (
+        ("1 request", "transformers 1", "llama.cpp 1", "1"),
+        (
+            "8 requests, transformers and llama.cpp in turn",
+            "transformers 8 in turn", "llama.cpp 8", "8",
+        ),
+        ("8 requests, transformers as a batch", "transformers 8 as a batch", "", "8"),
+        (f"prefill of {LONG} tokens", "transformers prefill", "llama.cpp prefill", "prefill"),
+    ):  # fmt: skip
+        row = (theirs_way, f"sglang {what}", llama_way, f"sglang as stored {what}")
+        cells = [f"{median[way]:.1f}" if way in median else "" for way in row]
         print(f"| {label} | {' | '.join(cells)} |")
     if args.json:
         figures = {"startup_s": startup, "same_tokens": same, "tok_s": rates}

@@ -66,9 +66,7 @@ def place_of(half: gl.constexpr, out_ptr, plan, m, n, BLOCK_M: gl.constexpr):
 
 
 @gluon.jit
-def finish(
-    sums, i, half: gl.constexpr, plan, place, sums_ptr, counts_ptr, ADDS: gl.constexpr = False
-):
+def finish(sums, i, half: gl.constexpr, plan, place, sums_ptr, counts_ptr, ADDS: gl.constexpr):
     """Stores the sums of half of a program's i-th item, float32 [OUTPUTS, BLOCK_M], or its share of
     the tile's if they are a part. ADDS: adds them to what is there."""
     BLOCK_M: gl.constexpr = sums.shape[1]

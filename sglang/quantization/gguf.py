@@ -68,6 +68,8 @@ def _in_8_bits(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.
     None: they were not, and nothing but rounding would make them so."""
     if weight.shape[1] % cpu.GROUP:
         return None
+    if len(weight) > 1 and _in_8_bits(weight[:1]) is None:  # one row tells most of them
+        return None
     groups = weight.float().unflatten(1, (-1, cpu.GROUP))
     scales = (groups.abs().amax(2) / 127).half().float()
     q = (groups / scales.clamp(min=1e-30)[:, :, None]).round_()
