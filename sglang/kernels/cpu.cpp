@@ -1,8 +1,12 @@
-// What a step of a few tokens does on a CPU, all in float32. cpu.py says what the arguments are.
-// The vectors are GNU C++'s: gcc and clang make of them what the CPU has.
+// What a step of a few tokens does on a CPU. cpu.py says what the arguments are. The vectors are GNU
+// C++'s: gcc and clang make of them what the CPU has, but for two instructions that they do not find.
 
 #include <omp.h>
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -16,8 +20,9 @@ constexpr int64_t MANY_TOKENS = 16;  // are worth a second thread, however littl
 using Floats [[gnu::vector_size(4 * LANES)]] = float;
 using Ints [[gnu::vector_size(4 * LANES)]] = int32_t;
 using Words [[gnu::vector_size(4 * LANES)]] = uint32_t;
+using Shorts [[gnu::vector_size(2 * LANES)]] = int16_t;
+using Halves [[gnu::vector_size(2 * LANES)]] = _Float16;
 using Floats4 [[gnu::vector_size(16)]] = float;
-using Halves4 [[gnu::vector_size(8)]] = _Float16;
 
 template <typename Vector>
 inline Vector load(const void* at) {
@@ -30,10 +35,24 @@ inline Floats load(const float* at) { return load<Floats>(at); }
 
 inline void store(Floats vector, float* at) { std::memcpy(at, &vector, sizeof vector); }
 
+inline Floats load(const _Float16* at) {
+#ifdef __AVX2__
+  return _mm256_cvtph_ps(load<__m128i>(at));
+#else
+  return __builtin_convertvector(load<Halves>(at), Floats);
+#endif
+}
+
 inline float sum(Floats v) {
   Floats4 low = __builtin_shufflevector(v, v, 0, 1, 2, 3);
   Floats4 four = low + __builtin_shufflevector(v, v, 4, 5, 6, 7);
   return (four[0] + four[2]) + (four[1] + four[3]);
+}
+
+inline float largest(Floats v) {
+  float most = v[0];
+  for (int64_t i = 1; i < LANES; i++) most = std::max(most, v[i]);
+  return most;
 }
 
 // 2^n times a Taylor series of e^f, where x = n ln 2 + f. ln 2 is in two parts, of which n times the
@@ -57,101 +76,126 @@ inline Floats exp(Floats x) {
 
 // --- products with quantized weights ---------------------------------------------------------------
 
-// Some weights of a row: lane j has those of inputs LANES i + j, in a word. A weight is
-// q scale + low, with a scale and a low for every 32 inputs.
+constexpr int64_t GROUP = 32;  // inputs that share a scale
+
+// A group's weights of LANES outputs, one in each lane. A weight is q scale + low. Of two inputs side
+// by side the q are 16 bits apart in a word; it has several such pairs, the first one lowest.
 template <int BITS>
-struct [[gnu::packed]] Block {
-  static constexpr int PER_WORD = 32 / BITS, GROUPS = PER_WORD / 4, INPUTS = PER_WORD * LANES;
-  _Float16 scales[GROUPS], lows[GROUPS];
-  uint32_t words[LANES];
+struct Block {
+  static constexpr int PAIRS = 16 / BITS, WORDS = GROUP / 2 / PAIRS;
+  static constexpr uint32_t FIRST_PAIR = ((1u << BITS) - 1) * 0x10001u;
+  _Float16 scales[LANES], lows[LANES];
+  uint32_t words[WORDS][LANES];
 };
 
-// Inputs for `dot`. There a q is not shifted out of its word, only masked: as a number it is too
-// large by 2^(BITS i), and the input is made as much smaller. But for the last, whose sign bit that
-// would be.
-template <int BITS>
+// Inputs as whole numbers of 16 bits times a scale for each group: off by a 65,000th of the group's
+// largest at most.
 struct Inputs {
-  int64_t size;
-  std::vector<float> scaled;  // [tokens, size]
-  std::vector<float> sums;    // [tokens, size / 32, LANES]
+  static constexpr float MOST = 32767.0f;
+  int64_t groups;
+  std::vector<int16_t> q;           // [tokens, groups, GROUP]
+  std::vector<float> scales, sums;  // [tokens, groups]
 
   Inputs(const float* x, int64_t tokens, int64_t size)
-      : size(size), scaled(tokens * size), sums(tokens * size / 4) {
-    constexpr int LAST = Block<BITS>::PER_WORD - 1;
-    for (int64_t at = 0; at < tokens * size; at += 32) {
-      Floats total = {};
-      for (int64_t i = at; i < at + 32; i += LANES) {
-        int place = i / LANES % (LAST + 1);
-        total += load(x + i);
-        store(load(x + i) * (place < LAST ? 1.0f / (1u << BITS * place) : 1.0f), &scaled[i]);
+      : groups(size / GROUP), q(tokens * size), scales(tokens * groups), sums(tokens * groups) {
+    for (int64_t g = 0; g < tokens * groups; g++) {
+      Floats most = {};
+      for (int64_t i = g * GROUP; i < (g + 1) * GROUP; i += LANES) {
+        Floats values = load(x + i), sizes = values < 0.0f ? -values : values;
+        most = sizes > most ? sizes : most;
       }
-      store(total, &sums[at / 4]);
+      scales[g] = largest(most) / MOST;
+      float to_q = scales[g] > 0.0f ? 1.0f / scales[g] : 0.0f;
+      Ints total = {};
+      for (int64_t i = g * GROUP; i < (g + 1) * GROUP; i += LANES) {
+        Floats values = load(x + i) * to_q;
+        values += values < 0.0f ? Floats{} - 0.5f : Floats{} + 0.5f;
+        Ints whole = __builtin_convertvector(values, Ints);
+        Shorts shorts = __builtin_convertvector(whole, Shorts);
+        std::memcpy(&q[i], &shorts, sizeof shorts);
+        total += whole;
+      }
+      sums[g] = scales[g] * sum(__builtin_convertvector(total, Floats));
     }
   }
 };
 
-// A row of weights times TOKENS tokens.
-template <int BITS, int TOKENS>
-inline void dot(const Block<BITS>* row, const Inputs<BITS>& x, int64_t token, float bias,
-                float* out, int64_t outputs) {
-  using B = Block<BITS>;
-  const float* scaled = &x.scaled[token * x.size];
-  const float* sums = &x.sums[token * x.size / 4];
-  Floats totals[TOKENS] = {};
-  for (int64_t b = 0; b < x.size / B::INPUTS; b++) {
-    Words words = load<Words>(row[b].words);
-    float scales[B::GROUPS], lows[B::GROUPS];
-    if constexpr (B::GROUPS == 2) {
-      Floats4 four = __builtin_convertvector(load<Halves4>(&row[b]), Floats4);
-      scales[0] = four[0], scales[1] = four[1], lows[0] = four[2], lows[1] = four[3];
-    } else {
-      scales[0] = row[b].scales[0], lows[0] = row[b].lows[0];
-    }
-#pragma GCC unroll 2
-    for (int g = 0; g < B::GROUPS; g++) {
-      Floats weights[4];
-#pragma GCC unroll 4
-      for (int j = 0; j < 4; j++) {
-        int i = 4 * g + j;
-        bool is_last = i == B::PER_WORD - 1;
-        Words q = is_last ? words >> (32 - BITS) : words & ((1u << BITS) - 1) << BITS * i;
-        weights[j] = __builtin_convertvector((Ints)q, Floats);
-      }
-#pragma GCC unroll 8
-      for (int t = 0; t < TOKENS; t++) {
-        int64_t at = t * x.size + b * B::INPUTS + g * 32;
-        Floats part = weights[0] * load(scaled + at);
-#pragma GCC unroll 3
-        for (int j = 1; j < 4; j++) part += weights[j] * load(scaled + at + j * LANES);
-        totals[t] += part * scales[g];
-        totals[t] += load(sums + at / 4) * lows[g];
-      }
-    }
-  }
-  for (int t = 0; t < TOKENS; t++) out[t * outputs] = sum(totals[t]) + bias;
+// In each lane the product of the low halves plus that of the high ones.
+inline Ints dot_of_halves(Words a, Words b) {
+#ifdef __AVX2__
+  return (Ints)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#else
+  return ((Ints)(a << 16) >> 16) * ((Ints)(b << 16) >> 16) + ((Ints)a >> 16) * ((Ints)b >> 16);
+#endif
 }
 
+// A tile of weights, [groups], times TOKENS tokens: LANES outputs of each.
+template <int BITS, int TOKENS>
+inline void dot(const Block<BITS>* tile, const Inputs& x, int64_t first_token, Floats* out) {
+  using B = Block<BITS>;
+  constexpr int64_t AHEAD = 12;
+  int64_t first = first_token * x.groups;
+  for (int64_t g = 0; g < x.groups; g++) {
+    const B& block = tile[g];
+    for (size_t i = 0; i < sizeof block; i += 64)
+      __builtin_prefetch(reinterpret_cast<const char*>(tile + g + AHEAD) + i);
+    Ints sums[TOKENS] = {};
+#pragma GCC unroll 1
+    for (int w = 0; w < B::WORDS; w++) {
+      Words words = load<Words>(block.words[w]);
+#pragma GCC unroll 4
+      for (int i = 0; i < B::PAIRS; i++) {
+        Words weights = words >> BITS * i & B::FIRST_PAIR;
+#pragma GCC unroll 4
+        for (int t = 0; t < TOKENS; t++) {
+          const int16_t* q = &x.q[(first + t * x.groups + g) * GROUP];
+          uint32_t pair;
+          std::memcpy(&pair, q + 2 * (w * B::PAIRS + i), sizeof pair);
+          sums[t] += dot_of_halves(weights, Words{} + pair);
+        }
+      }
+    }
+    Floats scales = load(block.scales), lows = load(block.lows);
+#pragma GCC unroll 4
+    for (int t = 0; t < TOKENS; t++) {
+      int64_t at = first + t * x.groups + g;
+      out[t] += __builtin_convertvector(sums[t], Floats) * (scales * x.scales[at]);
+      out[t] += lows * x.sums[at];
+    }
+  }
+}
+
+// weights: Block [outputs / LANES, inputs / GROUP], as if outputs were filled up to LANES.
 template <int BITS>
 void linear(const float* x, const void* weights, const float* bias, float* out, int64_t tokens,
             int64_t inputs, int64_t outputs) {
-  constexpr int64_t AT_A_TIME = 32;
-  Inputs<BITS> all(x, tokens, inputs);
-#pragma omp parallel for schedule(dynamic)
-  for (int64_t first = 0; first < outputs; first += AT_A_TIME) {
-    for (int64_t n = first; n < first + AT_A_TIME && n < outputs; n++) {
-      auto* row = static_cast<const Block<BITS>*>(weights) + n * (inputs / Block<BITS>::INPUTS);
-      float b = bias ? bias[n] : 0.0f;
-      float* to = out + n;
-      int64_t t = 0;
-      for (; t + 8 <= tokens; t += 8) dot<BITS, 8>(row, all, t, b, to + t * outputs, outputs);
-      for (; t + 4 <= tokens; t += 4) dot<BITS, 4>(row, all, t, b, to + t * outputs, outputs);
-      for (; t + 2 <= tokens; t += 2) dot<BITS, 2>(row, all, t, b, to + t * outputs, outputs);
-      for (; t < tokens; t++) dot<BITS, 1>(row, all, t, b, to + t * outputs, outputs);
+  constexpr int64_t TILES = 4;  // at a time
+  constexpr int TOKENS = 4;
+  Inputs all(x, tokens, inputs);
+#pragma omp parallel for schedule(dynamic, TILES)
+  for (int64_t n = 0; n < outputs; n += LANES) {
+    auto* tile = static_cast<const Block<BITS>*>(weights) + n / LANES * all.groups;
+    size_t size = std::min(LANES, outputs - n) * sizeof(float);
+    for (int64_t first = 0; first < tokens; first += TOKENS) {
+      Floats totals[TOKENS] = {};
+      int64_t count = std::min<int64_t>(TOKENS, tokens - first);
+      if (bias)
+        for (Floats& total : totals) std::memcpy(&total, bias + n, size);
+      if (count == 1) dot<BITS, 1>(tile, all, first, totals);
+      if (count == 2) dot<BITS, 2>(tile, all, first, totals);
+      if (count == 3) dot<BITS, 3>(tile, all, first, totals);
+      if (count == 4) dot<BITS, 4>(tile, all, first, totals);
+      for (int64_t t = 0; t < count; t++) {
+        float* to = out + (first + t) * outputs + n;
+        size == sizeof(Floats) ? store(totals[t], to) : (void)std::memcpy(to, &totals[t], size);
+      }
     }
   }
 }
 
 // --- attention -------------------------------------------------------------------------------------
+
+constexpr int64_t TOKENS = 16;  // at a time
 
 struct Row {
   const float *q, *k, *v;
@@ -159,22 +203,29 @@ struct Row {
   int64_t length, dim, kv_heads, group;  // query heads that share a KV head
   float scale;
   float* out;
-
-  int64_t key(int64_t i, int64_t head) const {
-    return (slots[i] * kv_heads + head / group) * dim;
-  }
 };
 
-// Some query heads of a row, block by block of its tokens: a token's K, and V, of all heads lie side
-// by side. scores: [heads, length filled up to LANES].
-void attend(const Row& row, int64_t first_head, int64_t end_head, float* scores) {
+// Some query heads of a row. scores: [heads, length filled up to LANES], block: [TOKENS, KV heads,
+// dim].
+void attend(const Row& row, int64_t first_head, int64_t end_head, float* scores, float* block) {
   constexpr int64_t VECTORS = 4;  // that are summed up side by side
-  constexpr int64_t BLOCK = 64;
   int64_t length = row.length, dim = row.dim, room = (length + LANES - 1) / LANES * LANES;
-  for (int64_t first = 0; first < length; first += BLOCK)
+  int64_t first_kv_head = first_head / row.group, end_kv_head = (end_head - 1) / row.group + 1;
+  int64_t size = (end_kv_head - first_kv_head) * dim;
+  // K or V of some tokens: memory is quickest line after line, which is not how heads read it.
+  auto fetch = [&](const float* cache, int64_t first, int64_t end) {
+    for (int64_t i = first; i < end; i++) {
+      const float* from = cache + (row.slots[i] * row.kv_heads + first_kv_head) * dim;
+      std::memcpy(block + (i - first) * size, from, size * sizeof(float));
+    }
+  };
+  for (int64_t first = 0; first < length; first += TOKENS) {
+    int64_t end = std::min(first + TOKENS, length);
+    fetch(row.k, first, end);
     for (int64_t head = first_head; head < end_head; head++)
-      for (int64_t i = first; i < length && i < first + BLOCK; i++) {
-        const float *q = row.q + head * dim, *k = row.k + row.key(i, head);
+      for (int64_t i = first; i < end; i++) {
+        const float* q = row.q + head * dim;
+        const float* k = block + (i - first) * size + (head / row.group - first_kv_head) * dim;
         Floats totals[VECTORS] = {};
         for (int64_t d = 0; d < dim; d += VECTORS * LANES)
 #pragma GCC unroll 4
@@ -183,11 +234,11 @@ void attend(const Row& row, int64_t first_head, int64_t end_head, float* scores)
         float score = sum((totals[0] + totals[1]) + (totals[2] + totals[3]));
         scores[(head - first_head) * room + i] = score * row.scale;
       }
+  }
   for (int64_t head = first_head; head < end_head; head++) {
     float *of_head = scores + (head - first_head) * room, *out = row.out + head * dim;
-    float most = -INFINITY;
-    for (int64_t i = 0; i < length; i++) most = of_head[i] > most ? of_head[i] : most;
-    for (int64_t i = length; i < room; i++) of_head[i] = -INFINITY;
+    float most = *std::max_element(of_head, of_head + length);
+    std::fill(of_head + length, of_head + room, -INFINITY);
     Floats total = {};
     for (int64_t i = 0; i < length; i += LANES) {
       Floats weights = exp(load(of_head + i) - most);
@@ -197,15 +248,17 @@ void attend(const Row& row, int64_t first_head, int64_t end_head, float* scores)
     for (int64_t i = 0; i < length; i += LANES) store(load(of_head + i) / sum(total), of_head + i);
     std::memset(out, 0, dim * sizeof(float));
   }
-  for (int64_t first = 0; first < length; first += BLOCK)
+  for (int64_t first = 0; first < length; first += TOKENS) {
+    int64_t end = std::min(first + TOKENS, length);
+    fetch(row.v, first, end);
     for (int64_t head = first_head; head < end_head; head++)
       for (int64_t d = 0; d < dim; d += VECTORS * LANES) {
         float* out = row.out + head * dim + d;
         Floats totals[VECTORS];
 #pragma GCC unroll 4
         for (int j = 0; j < VECTORS; j++) totals[j] = load(out + j * LANES);
-        for (int64_t i = first; i < length && i < first + BLOCK; i++) {
-          const float* v = row.v + row.key(i, head) + d;
+        for (int64_t i = first; i < end; i++) {
+          const float* v = block + (i - first) * size + (head / row.group - first_kv_head) * dim + d;
           float weight = scores[(head - first_head) * room + i];
 #pragma GCC unroll 4
           for (int j = 0; j < VECTORS; j++) totals[j] += load(v + j * LANES) * weight;
@@ -213,6 +266,7 @@ void attend(const Row& row, int64_t first_head, int64_t end_head, float* scores)
 #pragma GCC unroll 4
         for (int j = 0; j < VECTORS; j++) store(totals[j], out + j * LANES);
       }
+  }
 }
 
 }  // namespace
@@ -291,7 +345,7 @@ void decode_attention(const float* q, const float* k_cache, const float* v_cache
   int64_t heads = num_rows >= omp_get_max_threads() ? q_heads : 1;
 #pragma omp parallel
   {
-    std::vector<float> scores;
+    std::vector<float> scores, block(TOKENS * kv_heads * dim);
 #pragma omp for schedule(dynamic)
     for (int64_t i = 0; i < num_rows * q_heads; i += heads) {
       int64_t n = i / q_heads, head = i % q_heads, length = kv_lens[n];
@@ -302,7 +356,7 @@ void decode_attention(const float* q, const float* k_cache, const float* v_cache
       int64_t group = q_heads / kv_heads;
       Row row = {q + n * q_stride, k_cache, v_cache, slots, seen, dim, kv_heads, group, scale,
                  out + n * q_heads * dim};
-      attend(row, head, head + heads, scores.data());
+      attend(row, head, head + heads, scores.data(), block.data());
     }
   }
 }

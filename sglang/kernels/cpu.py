@@ -15,10 +15,12 @@ import os
 import shutil
 import subprocess
 import tempfile
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from sglang.demo_model import cache_folder
 
@@ -29,7 +31,7 @@ _FLAGS = ("-std=c++17", "-O2", "-march=native", "-fopenmp", "-shared", "-fPIC")
 LANES = 8
 GROUP = 32
 """Inputs that share a scale."""
-FEW_TOKENS = 16
+FEW_TOKENS = 64
 """With more, torch's products with dequantized weights are quicker."""
 
 _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
@@ -114,32 +116,43 @@ def takes_heads(q: torch.Tensor, k_cache: torch.Tensor) -> bool:
     return takes(q, 4 * LANES) and k_cache.dtype == torch.float32
 
 
+@dataclass(frozen=True)
+class Blocks:
+    """Quantized weights [N, K] as cpu.cpp reads them."""
+
+    data: torch.Tensor  # int16 [N / LANES, ...], N filled up
+    bits: int
+    num_outputs: int
+
+
 def pack_blocks(
     q: torch.Tensor, scales: torch.Tensor, low: torch.Tensor, bits: int
-) -> torch.Tensor | None:
-    """q uint8 [N, K] of so many bits, scales and low [N, groups], W = q scale + low -> uint8
-    [N, bytes of K], the blocks of cpu.cpp. None: K or its groups do not fit them."""
-    (n, k), group = q.shape, q.shape[1] // scales.shape[1]
-    if group % GROUP or k % (32 // bits * LANES):
+) -> Blocks | None:
+    """q uint8 [N, K] of so many bits, scales and low [N, groups], W = q scale + low. None: the
+    groups are not of a size that kernels take."""
+    num_outputs = len(q)
+    k, groups = q.shape[1], scales.shape[1]
+    if k % groups or k // groups % GROUP:
         return None
-    if bits == 4:
-        first, second = q.reshape(n, -1, 2, LANES).unbind(2)
-        q = first | second << 4
-    words = q.reshape(n, -1, 4, LANES).transpose(2, 3).flatten(2)  # bytes, four of each lane
-    halves = [
-        x.half().repeat_interleave(group // GROUP, 1).reshape(n, words.shape[1], -1)
-        for x in (scales, low)
+    q, *halves = (F.pad(x, (0, 0, 0, -len(x) % LANES)) for x in (q, scales.half(), low.half()))
+    # [tiles, lanes, groups, words, pairs, halves of a pair]
+    pairs = q.unflatten(1, (k // GROUP, -1, 16 // bits, 2)).unflatten(0, (-1, LANES)).short()
+    words = sum(pairs[..., i, :] << bits * i for i in range(16 // bits))
+    words = words.permute(0, 2, 3, 1, 4).flatten(2)  # [tiles, groups, words of all lanes]
+    of_groups = [
+        x.repeat_interleave(k // groups // GROUP, 1).unflatten(0, (-1, LANES)).transpose(1, 2)
+        for x in halves
     ]
-    return torch.cat((*(x.view(torch.uint8) for x in halves), words), 2).flatten(1)
+    data = torch.cat([*(x.view(torch.int16) for x in of_groups), words], 2).flatten(1)
+    return Blocks(data, bits, num_outputs)
 
 
-def linear(
-    x: torch.Tensor, blocks: torch.Tensor, bits: int, bias: torch.Tensor | None
-) -> torch.Tensor:
-    """x [T, K] -> [T, N]. blocks: of `pack_blocks`."""
-    x, out = x.contiguous(), torch.empty(len(x), len(blocks))
-    run = library().linear_int4 if bits == 4 else library().linear_int8
-    run(_at(x), _at(blocks), _at(bias), _at(out), *x.shape, len(blocks))
+def linear(x: torch.Tensor, weights: Blocks, bias: torch.Tensor | None) -> torch.Tensor:
+    """x [T, K] -> [T, N]. What is multiplied are 16 bits of x: whole numbers, with a scale for each
+    GROUP of inputs."""
+    x, out = x.contiguous(), torch.empty(len(x), weights.num_outputs)
+    run = library().linear_int4 if weights.bits == 4 else library().linear_int8
+    run(_at(x), _at(weights.data), _at(bias), _at(out), *x.shape, weights.num_outputs)
     return out
 
 

@@ -95,6 +95,8 @@ class DecodeConfig:
     """As many as the GPU holds at once, or less: of all KV heads together."""
     min_tokens: int = 64
     """A program's share at least."""
+    rounds: int = 8
+    """Of programs that take a row each, at most."""
 
 
 @cache
@@ -108,13 +110,19 @@ def decode_config(
         return DecodeConfig(32, 4, 2, 4 * sms)
     are_few = heads <= 4 * sms
     if dtype.itemsize == 1:
-        return DecodeConfig(64, 2, 3, 4 * sms) if are_few else DecodeConfig(32, 1, 3, 8 * sms)
+        if are_few:
+            return DecodeConfig(64, 2, 3, 4 * sms)
+        # Conversion, not memory, is what a program waits for: alone at the end it is no quicker.
+        return DecodeConfig(32, 1, 3, 8 * sms, rounds=2)
     if are_few:
         return DecodeConfig(32, 2, 3, 4 * sms, min_tokens=32)
     # Programs so small that many fit on an SM: the begin of one hides behind the others.
     if num_kv_heads <= 8:
         return DecodeConfig(32, 1, 3, 6 * sms)
-    return DecodeConfig(32, 1, 2, 8 * sms)
+    # Whole rows are quicker with three stages, shares with two.
+    shares = 8 * sms // num_kv_heads
+    takes_rows = shares < num_rows <= DecodeConfig.rounds * shares
+    return DecodeConfig(32, 1, 3 if takes_rows else 2, 8 * sms)
 
 
 # Two pairs of 8-bit floats -> the first and the second of each, as float16: three instructions,
@@ -347,7 +355,7 @@ def decode_attention_triton(
     heads = num_kv_heads * triton.cdiv(group, 16)
     shares = min(num_rows * MAX_PARTS, max(config.programs // heads, 1))
     # Those that find no work take time too.
-    programs = num_rows if shares < num_rows <= 4 * shares else shares
+    programs = num_rows if shares < num_rows <= config.rounds * shares else shares
     f32 = {"dtype": torch.float32, "device": q.device}
     partial = torch.empty(programs, 2, num_q_heads, dim, **f32)
     lse = torch.empty(programs, 2, num_q_heads, **f32)

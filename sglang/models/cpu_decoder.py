@@ -78,11 +78,12 @@ def _linears(layer) -> tuple[Linear, ...]:
 
 
 def _is_int4(linear: Linear) -> bool:
-    has_blocks = getattr(linear, "blocks", None) is not None and linear.bits == 4
-    return has_blocks and linear.bias is None and linear.parts[0].shard.size == 1
+    blocks = getattr(linear, "blocks", None)
+    is_int4 = blocks is not None and blocks.bits == 4
+    return is_int4 and linear.bias is None and linear.parts[0].shard.size == 1
 
 
 def _layer(layer, caches: tuple[torch.Tensor, torch.Tensor]) -> _Layer:
     norms = (layer.input_layernorm.weight, layer.post_attention_layernorm.weight)
-    tensors = [linear.blocks for linear in _linears(layer)] + [*norms, *caches]
+    tensors = [linear.blocks.data for linear in _linears(layer)] + [*norms, *caches]
     return _Layer(*(x.data_ptr() for x in tensors), layer.self_attn.window)

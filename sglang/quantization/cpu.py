@@ -33,7 +33,7 @@ class CPULinear:
     def prepare(cls, layer: Linear, bits: int = 0, stored: tuple[torch.Tensor, ...] = ()) -> None:
         """stored: (q uint8 [N, K] of so many bits, scales [N, groups], low [N, groups]),
         W = q scale + low."""
-        layer.blocks, layer.bits = None, bits
+        layer.blocks = None
         if bits and cpu.library() is not None:
             layer.blocks = cpu.pack_blocks(*stored, bits)
         dtype = layer.dtype
@@ -50,7 +50,7 @@ class CPULinear:
     def apply(cls, layer: Linear, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         if layer.blocks is not None and len(x) <= cpu.FEW_TOKENS:
             bias = None if bias is None else bias.float()
-            return cpu.linear(x.float(), layer.blocks, layer.bits, bias).to(x.dtype)
+            return cpu.linear(x.float(), layer.blocks, bias).to(x.dtype)
         if layer.compute_dtype == x.dtype:
             return _UNQUANTIZED.apply(layer, x, bias)
         out = _UNQUANTIZED.apply(layer, x.to(layer.compute_dtype), None).to(x.dtype)

@@ -85,7 +85,7 @@ def test_two_servers_live_side_by_side_and_sigterm_ends_one_cleanly(server: Serv
     assert refused.status_code == 400 and refused.json()["error"]["param"] == "regex"
 
     short, long = [], []
-    generate = {"text": "1, 2, 3,", "sampling_params": {**LONG, "max_new_tokens": 3}}
+    generate = {"text": "1, 2, 3,", "sampling_params": {**LONG, "max_new_tokens": 100}}
     threads = [
         threading.Thread(target=lambda: short.append(other.generate(**generate))),
         threading.Thread(
@@ -102,7 +102,7 @@ def test_two_servers_live_side_by_side_and_sigterm_ends_one_cleanly(server: Serv
     for thread in threads:
         thread.join(5)
     reason = short[0]["meta_info"]["finish_reason"]
-    assert reason == {"type": "length", "length": 3}, "what can be finished is"
+    assert reason == {"type": "length", "length": 100}, "what can be finished is"
     assert long[0]["meta_info"]["finish_reason"]["type"] == "abort", "what takes long is not"
     assert not any(process.is_running() for process in children.values())
     assert folders(other.process.pid) == []

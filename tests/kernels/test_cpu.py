@@ -27,26 +27,29 @@ def test_products_are_those_of_the_dequantized_weights(bits: int, seed: int) -> 
     rng = random.Random(seed)
     torch.manual_seed(seed)
     tokens, n = rng.randint(1, 17), rng.randint(1, 150)
-    k, group = 128 * rng.randint(1, 5), rng.choice([32, 64, 128])
+    group = rng.choice([32, 64, 128])
+    k = group * rng.randint(1, 10)
     q = torch.randint(0, 1 << bits, (n, k), dtype=torch.uint8)
     scales, low = (torch.randn(n, k // group).half() for _ in range(2))
     weight = q.view(n, -1, group) * scales.double()[:, :, None] + low.double()[:, :, None]
     x, bias = torch.randn(tokens, k), torch.randn(n) if seed % 2 else None
+    x[:, : k // 2] *= 0.0 if seed % 3 == 0 else 1e-20 if seed % 3 == 1 else 1e10
     blocks = cpu.pack_blocks(q, scales.float(), low.float(), bits)
-    assert blocks.nbytes == n * k // 32 * (16 if bits == 4 else 32) + n * k // 32 * 4
+    in_blocks = n + -n % cpu.LANES
+    assert blocks.data.nbytes == in_blocks * k // 32 * (4 * bits + 4)
     expected = x.double() @ weight.flatten(1).t() + (0.0 if bias is None else bias)
-    error = cpu.linear(x, blocks, bits, bias) - expected
-    assert error.norm() < 1e-6 * expected.norm()
+    error = cpu.linear(x, blocks, bias) - expected
+    assert error.norm() < 5e-5 * expected.norm()
 
 
 def test_what_does_not_fit_blocks_is_not_packed() -> None:
-    def packed(k: int, group: int, bits: int) -> object:
-        scales = torch.ones(3, k // group)
-        return cpu.pack_blocks(torch.zeros(3, k, dtype=torch.uint8), scales, scales, bits)
+    def packed(k: int, groups: int) -> object:
+        scales = torch.ones(3, groups)
+        return cpu.pack_blocks(torch.zeros(3, k, dtype=torch.uint8), scales, scales, 4)
 
-    assert packed(96, 32, 8) is not None
-    assert packed(96, 32, 4) is None  # one and a half blocks
-    assert packed(64, 16, 4) is None
+    assert packed(96, 3) is not None
+    assert packed(64, 4) is None
+    assert packed(80, 2) is None
 
 
 @needs_compiler

@@ -11,9 +11,14 @@ PROMPT = [1, 4093, 198, 1780, 314, 260, 3575, 282, 4649, 47, 2, 198, 1, 520, 953
 
 def test_logits_are_those_of_transformers_with_the_same_weights():
     theirs, _ = demo_model_in_transformers()
-    ours, _ = tiny.load(demo_model.fetch())
     with torch.inference_mode():
         wanted = theirs(torch.tensor([PROMPT])).logits[0]
-    logits = tiny.our_logits(ours, PROMPT)
+    exact, _ = tiny.load(demo_model.fetch(), dtype="float32")
+    logits = tiny.our_logits(exact, PROMPT)
     torch.testing.assert_close(logits, wanted, atol=2e-3, rtol=1e-4)
+    assert torch.equal(logits.argmax(-1), wanted.argmax(-1))
+
+    as_stored, _ = tiny.load(demo_model.fetch())
+    logits = tiny.our_logits(as_stored, PROMPT)
+    assert (logits - wanted).norm() < 1e-3 * wanted.norm()
     assert torch.equal(logits.argmax(-1), wanted.argmax(-1))
