@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from sglang.attention.base import AttentionBackend
 from sglang.worker.rows import NUM_PARAMS, RowState, StepArrays
-from sglang.worker.staging import Field, Staging
+from sglang.worker.staging import Berth, Field, Heads, lay_out
 
 MAX_PREFILL_TOKENS = 9216
 PREFILL_ROWS, MIXED_ROWS = 16, 256
@@ -147,8 +147,7 @@ class StepGraphs:
         self._mixed = Family(of_any, PrefillInputs, self._mixed_fields, coarse, some)
         device = state.slot_table.device
         size = 5 * max(max_rows, longest) + (5 + NUM_PARAMS) * max_rows + 1
-        self._inputs = torch.zeros(size, dtype=torch.int32, device=device)
-        self._staging = Staging(self._inputs)
+        self._inputs = Heads(torch.zeros(size, dtype=torch.int32, device=device))
         self._pool = None
         # The largest first: the others find their memory in its pool.
         self._all = [
@@ -179,8 +178,11 @@ class StepGraphs:
             self._attention.plan_decode(np.empty(0, dtype=np.int32), size)
         fields = family.padded(StepArrays.empty(), size)
         sizes = [field.size for field in fields]
-        self._staging.copy(fields)
-        return family.inputs_class(*self._inputs[: sum(sizes)].split(sizes))
+        inputs = self._inputs[sum(sizes)]
+        host = torch.empty(sum(sizes), dtype=torch.int32)
+        lay_out(fields, host.numpy())
+        inputs.copy_(host)
+        return family.inputs_class(*inputs.split(sizes))
 
     def _capture(
         self, run: Callable[..., GraphOutputs], inputs: DecodeInputs | PrefillInputs
@@ -193,7 +195,7 @@ class StepGraphs:
         self._pool = self._pool or graph.pool()
         return graph, outputs
 
-    def replay(self, step: StepArrays) -> GraphOutputs | None:
+    def replay(self, step: StepArrays, berth: Berth) -> GraphOutputs | None:
         """None: the step is larger than any graph. The outputs' first entries are the step's rows;
         valid until the next replay, in stream order."""
         num_rows, num_tokens = len(step.rows), len(step.positions)
@@ -209,7 +211,7 @@ class StepGraphs:
         size = family.at_least(num_tokens)
         if family is self._decode:
             self._attention.plan_decode(step.kv_lens, size)
-        self._staging.copy(family.padded(step, size))
+        berth.send(family.padded(step, size), self._inputs)
         graph, outputs = family.graphs[size]
         graph.replay()
         return outputs

@@ -30,7 +30,7 @@ from sglang.worker.parallel import TensorParallel
 from sglang.worker.prompt_logprobs import PromptScorer, ScoredSpan
 from sglang.worker.rows import NUM_PARAMS, RowState, StepArrays
 from sglang.worker.sampler import Masks, RowLogprobs, Sampler, draw
-from sglang.worker.staging import Landing
+from sglang.worker.staging import Berth, Berths
 from sglang.worker.warm_up import warm_up
 
 logger = logging.getLogger(__name__)
@@ -136,7 +136,7 @@ class ModelRunner:
         self.rows = RowState(num_rows, config.context_len, self.device)
         self.sampler = Sampler(num_rows, config.vocab_size, self.device, sharded=tp.size > 1)
         self.prompt_scorer, self.pooler = PromptScorer(), Pooler()
-        self._landing = Landing(num_rows) if self.device.type == "cuda" else None
+        self._berths = Berths(num_rows) if self.device.type == "cuda" else None
 
         # CUDA graphs
         self.graphs = None
@@ -163,20 +163,24 @@ class ModelRunner:
             self._open(plan.opened, step)
         scored, pooled = self.prompt_scorer.spans(step), self.pooler.spans(step)
         graphs = None if scored or pooled else self.graphs  # a graph has no hidden states
-        outputs = graphs.replay(step) if graphs is not None else None
+        berth = None if self._berths is None else self._berths.take()
+        outputs = None
+        if graphs is not None and berth is not None:
+            outputs = graphs.replay(step, berth)
         if outputs is None:
             tokens, logprobs, hidden = self._run(step, of_all_tokens=bool(scored or pooled))
             return self._send_home(
                 plan.step,
+                berth,
                 tokens,
                 logprobs,
                 prompts=[span.score(hidden, self.model.logits) for span in scored],
                 pooled=self.pooler.pool(pooled, hidden),
             )
         if self.sampler.is_plain(step.rows) and not plan.masked:
-            return self._send_home(plan.step, outputs.tokens, None, step.sample_of)
+            return self._send_home(plan.step, berth, outputs.tokens, None, step.sample_of)
         tokens, logprobs = self._sample_again(step, outputs)
-        return self._send_home(plan.step, tokens, logprobs)
+        return self._send_home(plan.step, berth, tokens, logprobs)
 
     def _open(self, specs: list[RowSpec], step: StepArrays) -> None:
         """Rows get the slots of their cached prefixes, and tell what they want."""
@@ -367,16 +371,17 @@ class ModelRunner:
     def _send_home(
         self,
         step: int,
+        berth: Berth | None,
         tokens: torch.Tensor,
         logprobs: RowLogprobs | None,
         wanted: np.ndarray | None = None,
         prompts: Sequence[ScoredSpan] = (),
         pooled: Sequence[PooledRow] = (),
     ) -> PendingStep:
-        """wanted: which of the tokens; None: all."""
+        """berth: None on a CPU. wanted: which of the tokens; None: all."""
         if self.checks_ranks:
             self.tp.assert_same(tokens if wanted is None else tokens[wanted.tolist()])
-        if self._landing is None:
+        if berth is None:
             return PendingStep(step, tokens.numpy, wanted, logprobs, prompts, pooled)
 
         def to_host(x: torch.Tensor) -> torch.Tensor:
@@ -392,5 +397,5 @@ class ModelRunner:
             )
         prompts = [span.map(to_host) for span in prompts]
         pooled = [row.map(to_host) for row in pooled]
-        arriving = self._landing.fetch(tokens)
+        arriving = berth.fetch(tokens)
         return PendingStep(step, arriving, wanted, logprobs, prompts, pooled)

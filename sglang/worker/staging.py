@@ -3,7 +3,6 @@ allocate some for each copy takes longer than the copy."""
 
 from __future__ import annotations
 
-import itertools
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -11,9 +10,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-
-_NUM_BUFFERS = 4
-"""More than there are steps in flight, so that none is waited for."""
 
 
 class Field(NamedTuple):
@@ -46,57 +42,58 @@ class Heads(dict[int, torch.Tensor]):
 
     def __init__(self, whole: torch.Tensor) -> None:
         super().__init__()
-        self._whole = whole
+        self.whole = whole
 
     def __missing__(self, count: int) -> torch.Tensor:
-        self[count] = self._whole[:count]
+        self[count] = self.whole[:count]
         return self[count]
 
 
-class _Pinned:
-    """int32 [size] for one copy at a time."""
+class Berth:
+    """Pinned memory for one step's inputs and its tokens. Free again when the tokens have been
+    read, on whatever thread: before them, the inputs were."""
 
-    def __init__(self, size: int) -> None:
-        memory = torch.empty(size, dtype=torch.int32, pin_memory=True)
-        self.array, self.heads, self.copied = memory.numpy(), Heads(memory), torch.cuda.Event()
+    def __init__(self, num_tokens: int, free: deque[Berth]) -> None:
+        self._inputs: tuple[np.ndarray, Heads] | None = None  # there may be no graphs
+        self._tokens = _pinned(num_tokens)
+        self._event = torch.cuda.Event()
+        self._free = free
 
-
-class Staging:
-    """Buffers taken in turn: an earlier one may still be in its copy."""
-
-    def __init__(self, to: torch.Tensor) -> None:
-        """to: int32, on the device; fields go to its beginning."""
-        self._to = Heads(to)
-        self._buffers = itertools.cycle([_Pinned(len(to)) for _ in range(_NUM_BUFFERS)])
-
-    def copy(self, fields: Sequence[Field]) -> None:
-        buffer = next(self._buffers)
-        buffer.copied.synchronize()
-        size = lay_out(fields, buffer.array)
-        self._to[size].copy_(buffer.heads[size], non_blocking=True)
-        buffer.copied.record()
-
-
-class Landing:
-    """Where sampled tokens come to on the host. A buffer is free again when they have been read, on
-    whatever thread; while none is, there will be one more."""
-
-    def __init__(self, size: int) -> None:
-        """size: the most tokens of a step."""
-        self._size = size
-        self._free: deque[_Pinned] = deque()
+    def send(self, fields: Sequence[Field], to: Heads) -> None:
+        """To the beginning of the tensor on the device."""
+        if self._inputs is None:
+            self._inputs = _pinned(len(to.whole))
+        array, heads = self._inputs
+        size = lay_out(fields, array)
+        to[size].copy_(heads[size], non_blocking=True)
 
     def fetch(self, tokens: torch.Tensor) -> Callable[[], np.ndarray]:
         """int32 [n] on the device -> what waits for all that is enqueued so far and gives them. To
         be called once."""
         count = tokens.shape[0]
-        buffer = self._free.pop() if self._free else _Pinned(self._size)
-        buffer.heads[count].copy_(tokens, non_blocking=True)
-        buffer.copied.record()
-        return partial(self._read, buffer, count)
+        self._tokens[1][count].copy_(tokens, non_blocking=True)
+        self._event.record()
+        return partial(self._read, count)
 
-    def _read(self, buffer: _Pinned, count: int) -> np.ndarray:
-        buffer.copied.synchronize()
-        tokens = buffer.array[:count].copy()
-        self._free.append(buffer)
+    def _read(self, count: int) -> np.ndarray:
+        self._event.synchronize()
+        tokens = self._tokens[0][:count].copy()
+        self._free.append(self)
         return tokens
+
+
+class Berths:
+    """As many as there are steps in flight."""
+
+    def __init__(self, num_tokens: int) -> None:
+        """num_tokens: of a step at most."""
+        self._num_tokens = num_tokens
+        self._free: deque[Berth] = deque()
+
+    def take(self) -> Berth:
+        return self._free.pop() if self._free else Berth(self._num_tokens, self._free)
+
+
+def _pinned(size: int) -> tuple[np.ndarray, Heads]:
+    memory = torch.empty(size, dtype=torch.int32, pin_memory=True)
+    return memory.numpy(), Heads(memory)

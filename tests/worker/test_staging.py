@@ -5,16 +5,13 @@ import pytest
 import torch
 
 from sglang.worker import staging
-from sglang.worker.staging import Field, Heads, Landing, Staging, lay_out
+from sglang.worker.staging import Berths, Field, Heads, lay_out
 
 
-class Unpinned:
-    """In the place of pinned memory, and of its event."""
+class Event:
+    """In the place of CUDA's."""
 
-    def __init__(self, size: int) -> None:
-        memory = torch.zeros(size, dtype=torch.int32)
-        self.array, self.heads, self.copied = memory.numpy(), Heads(memory), self
-        self.waits = 0
+    waits = 0
 
     def record(self) -> None:
         pass
@@ -24,8 +21,13 @@ class Unpinned:
 
 
 @pytest.fixture(autouse=True)
-def unpinned(monkeypatch):
-    monkeypatch.setattr(staging, "_Pinned", Unpinned)
+def no_gpu(monkeypatch):
+    def unpinned(size: int) -> tuple[np.ndarray, Heads]:
+        memory = torch.zeros(size, dtype=torch.int32)
+        return memory.numpy(), Heads(memory)
+
+    monkeypatch.setattr(staging, "_pinned", unpinned)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
 
 
 def ints(*shape: int) -> np.ndarray:
@@ -40,31 +42,30 @@ def test_fields_lie_one_after_the_other_each_line_padded():
     assert out.tolist() == [*one, -1, -1, *lines[0], *lines[1], 7, 7, 7, 7, 99, 99, 99]
 
 
-def test_what_is_staged_arrives_whatever_its_length():
-    device = torch.zeros(50, dtype=torch.int32)
-    stage = Staging(device)
+def test_what_is_sent_arrives_whatever_its_length():
+    device, berth = Heads(torch.zeros(50, dtype=torch.int32)), Berths(8).take()
     for count in (1, 50, 7, 7, 30, 50, 2):
         values = ints(count)
-        stage.copy([Field(values, count)])
-        assert device[:count].tolist() == values.tolist()
+        berth.send([Field(values, count)], device)
+        assert device[count].tolist() == values.tolist()
 
 
 def test_tokens_are_read_in_any_order():
-    landing = Landing(8)
+    berths = Berths(8)
     sent = [torch.from_numpy(ints(8)[:count] + count) for count in (8, 3, 1, 5)]
-    reads = [landing.fetch(tokens) for tokens in sent]
+    reads = [berths.take().fetch(tokens) for tokens in sent]
     for tokens, read in reversed(list(zip(sent, reads, strict=True))):
         assert read().tolist() == tokens.tolist()
 
 
-def test_a_buffer_is_used_again_once_it_has_been_read_and_never_before(monkeypatch):
-    made = []
-    monkeypatch.setattr(staging, "_Pinned", lambda size: made.append(Unpinned(size)) or made[-1])
-    landing, old = Landing(4), torch.tensor([1, 2, 3], dtype=torch.int32)
-    unread = landing.fetch(old)
-    first = landing.fetch(old + 1)()
-    for _ in range(5):
-        assert landing.fetch(old + 2)().tolist() == [3, 4, 5]
-    assert len(made) == 2 and all(buffer.waits for buffer in made[1:])
-    assert first.tolist() == [2, 3, 4], "what was read changes with the buffer"
+def test_a_berth_is_taken_again_once_it_has_been_read_and_never_before():
+    berths, old = Berths(4), torch.tensor([1, 2, 3], dtype=torch.int32)
+    taken = [berths.take()]
+    unread = taken[0].fetch(old)
+    read = []
+    for i in range(5):
+        taken.append(berths.take())
+        read.append(taken[-1].fetch(old + i)())
+    assert len(set(map(id, taken))) == 2 and taken[1]._event.waits == 5
+    assert [tokens.tolist() for tokens in read] == [[1 + i, 2 + i, 3 + i] for i in range(5)]
     assert unread().tolist() == [1, 2, 3]
