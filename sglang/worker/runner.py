@@ -136,7 +136,7 @@ class ModelRunner:
         self.rows = RowState(num_rows, config.context_len, self.device)
         self.sampler = Sampler(num_rows, config.vocab_size, self.device, sharded=tp.size > 1)
         self.prompt_scorer, self.pooler = PromptScorer(), Pooler()
-        self._berths = Berths(num_rows) if self.device.type == "cuda" else None
+        self._berths = Berths(num_rows, pinned=self.device.type == "cuda")
 
         # CUDA graphs
         self.graphs = None
@@ -163,10 +163,8 @@ class ModelRunner:
             self._open(plan.opened, step)
         scored, pooled = self.prompt_scorer.spans(step), self.pooler.spans(step)
         graphs = None if scored or pooled else self.graphs  # a graph has no hidden states
-        berth = None if self._berths is None else self._berths.take()
-        outputs = None
-        if graphs is not None and berth is not None:
-            outputs = graphs.replay(step, berth)
+        berth = self._berths.take()
+        outputs = graphs.replay(step, berth) if graphs is not None else None
         if outputs is None:
             tokens, logprobs, hidden = self._run(step, of_all_tokens=bool(scored or pooled))
             return self._send_home(
@@ -371,20 +369,20 @@ class ModelRunner:
     def _send_home(
         self,
         step: int,
-        berth: Berth | None,
+        berth: Berth,
         tokens: torch.Tensor,
         logprobs: RowLogprobs | None,
         wanted: np.ndarray | None = None,
         prompts: Sequence[ScoredSpan] = (),
         pooled: Sequence[PooledRow] = (),
     ) -> PendingStep:
-        """berth: None on a CPU. wanted: which of the tokens; None: all."""
+        """wanted: which of the tokens; None: all."""
         if self.checks_ranks:
             self.tp.assert_same(tokens if wanted is None else tokens[wanted.tolist()])
-        if berth is None:
-            return PendingStep(step, tokens.numpy, wanted, logprobs, prompts, pooled)
 
         def to_host(x: torch.Tensor) -> torch.Tensor:
+            if x.is_cpu:
+                return x
             pinned = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
             return pinned.copy_(x, non_blocking=True)
 

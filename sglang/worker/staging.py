@@ -50,34 +50,36 @@ class Heads(dict[int, torch.Tensor]):
 
 
 class Berth:
-    """Pinned memory for one step's inputs and its tokens. Free again when the tokens have been
+    """Memory on the host for one step's inputs and its tokens. Free again when the tokens have been
     read, on whatever thread: before them, the inputs were."""
 
-    def __init__(self, num_tokens: int, free: deque[Berth]) -> None:
-        self._inputs: tuple[np.ndarray, Heads] | None = None  # there may be no graphs
-        self._tokens = _pinned(num_tokens)
-        self._event = torch.cuda.Event()
+    def __init__(self, num_tokens: int, pinned: bool, free: deque[Berth]) -> None:
+        self._pinned = pinned
+        self._inputs: _Buffer | None = None  # there may be no graphs
+        self._tokens = _Buffer(num_tokens, pinned)
+        self._event = torch.cuda.Event() if pinned else None
         self._free = free
 
     def send(self, fields: Sequence[Field], to: Heads) -> None:
         """To the beginning of the tensor on the device."""
         if self._inputs is None:
-            self._inputs = _pinned(len(to.whole))
-        array, heads = self._inputs
-        size = lay_out(fields, array)
-        to[size].copy_(heads[size], non_blocking=True)
+            self._inputs = _Buffer(len(to.whole), self._pinned)
+        size = lay_out(fields, self._inputs.array)
+        to[size].copy_(self._inputs.heads[size], non_blocking=True)
 
     def fetch(self, tokens: torch.Tensor) -> Callable[[], np.ndarray]:
         """int32 [n] on the device -> what waits for all that is enqueued so far and gives them. To
         be called once."""
         count = tokens.shape[0]
-        self._tokens[1][count].copy_(tokens, non_blocking=True)
-        self._event.record()
+        self._tokens.heads[count].copy_(tokens, non_blocking=True)
+        if self._event is not None:
+            self._event.record()
         return partial(self._read, count)
 
     def _read(self, count: int) -> np.ndarray:
-        self._event.synchronize()
-        tokens = self._tokens[0][:count].copy()
+        if self._event is not None:
+            self._event.synchronize()
+        tokens = self._tokens.array[:count].copy()
         self._free.append(self)
         return tokens
 
@@ -85,15 +87,18 @@ class Berth:
 class Berths:
     """As many as there are steps in flight."""
 
-    def __init__(self, num_tokens: int) -> None:
-        """num_tokens: of a step at most."""
-        self._num_tokens = num_tokens
+    def __init__(self, num_tokens: int, pinned: bool) -> None:
+        """num_tokens: of a step at most. pinned: for a GPU."""
+        self._new = partial(Berth, num_tokens, pinned)
         self._free: deque[Berth] = deque()
 
     def take(self) -> Berth:
-        return self._free.pop() if self._free else Berth(self._num_tokens, self._free)
+        return self._free.pop() if self._free else self._new(self._free)
 
 
-def _pinned(size: int) -> tuple[np.ndarray, Heads]:
-    memory = torch.empty(size, dtype=torch.int32, pin_memory=True)
-    return memory.numpy(), Heads(memory)
+class _Buffer:
+    """int32 [size]."""
+
+    def __init__(self, size: int, pinned: bool) -> None:
+        memory = torch.empty(size, dtype=torch.int32, pin_memory=pinned)
+        self.array, self.heads = memory.numpy(), Heads(memory)

@@ -15,7 +15,6 @@ from sglang.messages import GenerateRequest, pack, unpack
 from sglang.sampling_params import SamplingParams
 from sglang.server_args import ServerArgs
 from sglang.worker.graphs import Family, StepGraphs, decode_sizes, prefill_sizes
-from sglang.worker.staging import lay_out
 from tests.engine.inprocess import InProcessEngine
 from tests.models import tiny
 
@@ -38,16 +37,6 @@ class RunGraphs(StepGraphs):
     def _capture(self, run, inputs):
         outputs = run(inputs)
         return Uncaptured(run, inputs, outputs), outputs
-
-
-class Unpinned:
-    """In Staging's place."""
-
-    def __init__(self, to: torch.Tensor) -> None:
-        self._to = to.numpy()
-
-    def copy(self, fields):
-        lay_out(fields, self._to)
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +89,6 @@ def run(engine: InProcessEngine, requests: list[GenerateRequest]) -> dict[int, l
 
 @pytest.mark.parametrize("seed", range(3))
 def test_steps_in_graphs_give_the_tokens_of_steps_without(engine, seed, monkeypatch):
-    monkeypatch.setattr("sglang.worker.graphs.Staging", Unpinned)
     monkeypatch.setattr("sglang.worker.graphs.MANY_TOKENS", 10)
     monkeypatch.setattr("sglang.worker.graphs.SHORT_ROW", 30)
     runner = engine.runner
