@@ -8,7 +8,8 @@ that layers rounded before it made; it scales and rounds its weights, and passes
   8-bit weights and activations s is SmoothQuant's (Xiao et al., 2023), for 4-bit weights AWQ's (Lin
   et al., 2023).
 * Weights are then rounded by GPTQ (Frantar et al., 2022), whichever their format: the error of each
-  column is made up for by the columns after it, which are not rounded yet.
+  column is made up for by the columns after it, which are not rounded yet. 4-bit numbers span what
+  range of a group errs least.
 * Activations, where the server will round them, are.
 
 In all but SmoothQuant's scales, tokens count alike, whatever their size: a few are a thousand times
@@ -46,10 +47,12 @@ SMOOTH_ALPHA = 0.6
 """How much of the activations' range SmoothQuant moves into the weights."""
 AWQ_ALPHA = 0.4
 """How much of an input's size AWQ moves into the weights: one value for all layers, no search."""
-DAMPENING = 0.01
+SHARES = (1.0, 0.9, 0.8, 0.7)
+"""Of a group's range that 4-bit numbers may span, the widest first: it wins where all are equal."""
+DAMPENING = 0.1
 """Added to the diagonal of GPTQ's Hessian, as a share of its mean."""
 BLOCK = 64
-"""Columns that GPTQ rounds before it touches those after them, where no groups say how many."""
+"""Columns that GPTQ rounds before it touches those after them."""
 ROW = 256
 """Tokens that see each other."""
 MIN_TOKENS = 1024
@@ -106,12 +109,30 @@ class EightBit:
 Rounded = Int4 | EightBit
 
 
-def int4_grid(group: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def int4_grid(group: torch.Tensor, share: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
     """float32 [..., a group's inputs] -> (scales, zeros) [...], whole numbers the latter, of the 16
-    numbers (q - zero) scale that span it and 0."""
-    low, high = group.amin(-1).clamp_max(0.0), group.amax(-1).clamp_min(0.0)
+    numbers (q - zero) scale that span it and 0, or `share` of that range."""
+    low, high = share * group.amin(-1).clamp_max(0.0), share * group.amax(-1).clamp_min(0.0)
     scales = ((high - low) / 15).half().float().clamp_min(1e-7)
     return scales, (-low / scales).round().clamp(0, 15)
+
+
+def clipped_int4_grid(
+    groups: torch.Tensor, importance: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """float32 [N, groups, a group's inputs] and how much the square of each input's error matters,
+    [K] -> as int4_grid: for each group, of the SHARES of its range, the one with the least error.
+    Numbers that lie closer are worth a few that are cut off (AWQ's clipping)."""
+    importance = importance.view(groups.shape[1:])
+    best = [torch.full(groups.shape[:2], torch.inf), *int4_grid(groups)]
+    for share in SHARES:
+        scales, zeros = grid = int4_grid(groups, share)
+        low = -zeros[:, :, None]
+        q = (groups / scales[:, :, None]).round_().clamp_(low, low + 15)
+        errors = q.mul_(scales[:, :, None]).sub_(groups).pow_(2).mul_(importance).sum(-1)
+        better = errors < best[0]
+        best = [torch.where(better, *pair) for pair in zip((errors, *grid), best, strict=True)]
+    return best[1], best[2]
 
 
 def round_to_int4(weight: torch.Tensor, group_size: int) -> Int4:
@@ -132,49 +153,46 @@ def round_to_8_bits(weight: torch.Tensor, dtype: torch.dtype) -> EightBit:
     return EightBit(*quantize_tokens_naive(weight, dtype))
 
 
-Nearest = Callable[[torch.Tensor], torch.Tensor]
-"""A column of weights, float32 [N] -> those that are nearest of the ones that there are."""
+Nearest = Callable[[int, torch.Tensor], torch.Tensor]
+"""(k, what column k of the weights is to be, float32 [N]) -> the nearest that it can be."""
 
 
-def gptq(
-    weight: torch.Tensor, x: torch.Tensor, group_size: int, grid: Callable[[torch.Tensor], Nearest]
-) -> torch.Tensor:
-    """float32 [N, K] and inputs [T, K], for whose outputs it is rounded -> [N, K]; columns in their
-    order. grid: given what is left to round of a group, [N, group_size], says how its columns are.
-    """
-    x = same_size(x)
+def gptq(weight: torch.Tensor, x: torch.Tensor, nearest: Nearest) -> torch.Tensor:
+    """float32 [N, K] and inputs [T, K], for whose outputs it is rounded -> [N, K]. Columns of the
+    largest inputs come first (act-order, in its authors' code): most others are left to make up
+    for their errors."""
     hessian = x.t() @ x
+    order = hessian.diagonal().argsort(descending=True, stable=True)
+    columns = order.tolist()
+    hessian = hessian[order][:, order]
     hessian.diagonal().add_(DAMPENING * hessian.diagonal().mean() + 1e-6)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
     feedback = torch.linalg.cholesky(inverse, upper=True)  # [K, K]
-    left = weight.t().contiguous()  # [K, N]: what is left to round, with the errors so far
+    left = weight.t()[order]  # [K, N]: what is left to round, with the errors so far
     rounded = torch.empty_like(left)
-    for start in range(0, len(left), group_size):
-        group = left[start : start + group_size]
-        end = start + len(group)
-        round_column = grid(group.t())
-        errors = torch.empty_like(group)
+    for start in range(0, len(left), BLOCK):
+        block = left[start : start + BLOCK]
+        end = start + len(block)
+        errors = torch.empty_like(block)
         for k in range(start, end):
-            rounded[k] = round_column(left[k])
+            rounded[k] = nearest(columns[k], left[k])
             errors[k - start] = (left[k] - rounded[k]) / feedback[k, k]
             left[k + 1 : end].addr_(feedback[k, k + 1 : end], errors[k - start], alpha=-1)
         left[end:].addmm_(feedback[start:end, end:].t(), errors, alpha=-1)
-    return rounded.t()
+    return rounded[order.argsort()].t()
 
 
 def gptq_to_int4(weight: torch.Tensor, x: torch.Tensor, group_size: int) -> Int4:
-    scales: list[torch.Tensor] = []
-    zeros: list[torch.Tensor] = []
+    """Groups are of neighbours, whatever the order: their grids are made before it."""
+    x = same_size(x)
+    grid = clipped_int4_grid(weight.unflatten(1, (-1, group_size)), x.pow(2).sum(0))
+    scales, zeros = (each.t().contiguous() for each in grid)  # [groups, N]
 
-    def grid(group: torch.Tensor) -> Nearest:
-        scale, zero = int4_grid(group)  # [N]
-        scales.append(scale)
-        zeros.append(zero)
-        pair = (scale[:, None], zero[:, None])
-        return lambda column: _nearest_int4(column[:, None], *pair).weight()[:, 0]
+    def nearest(k: int, column: torch.Tensor) -> torch.Tensor:
+        pair = (scales[k // group_size][:, None], zeros[k // group_size][:, None])
+        return _nearest_int4(column[:, None], *pair).weight()[:, 0]
 
-    rounded = gptq(weight, x, group_size, grid)
-    return _nearest_int4(rounded, torch.stack(scales, 1), torch.stack(zeros, 1))
+    return _nearest_int4(gptq(weight, x, nearest), *grid)
 
 
 def gptq_to_8_bits(weight: torch.Tensor, x: torch.Tensor, dtype: torch.dtype) -> EightBit:
@@ -183,10 +201,10 @@ def gptq_to_8_bits(weight: torch.Tensor, x: torch.Tensor, dtype: torch.dtype) ->
     def to_scales(weight: torch.Tensor) -> EightBit:
         return EightBit(nearest(weight, scales, dtype), scales)
 
-    def grid(group: torch.Tensor) -> Nearest:
-        return lambda column: to_scales(column[:, None]).weight()[:, 0]
+    def nearest_column(k: int, column: torch.Tensor) -> torch.Tensor:
+        return to_scales(column[:, None]).weight()[:, 0]
 
-    return to_scales(gptq(weight, x, BLOCK, grid))
+    return to_scales(gptq(weight, same_size(x), nearest_column))
 
 
 def same_size(x: torch.Tensor) -> torch.Tensor:

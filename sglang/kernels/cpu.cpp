@@ -105,7 +105,7 @@ struct Inputs {
         most = sizes > most ? sizes : most;
       }
       scales[g] = largest(most) / MOST;
-      float to_q = scales[g] > 0.0f ? 1.0f / scales[g] : 0.0f;
+      float to_q = scales[g] > 1e-30f ? 1.0f / scales[g] : 0.0f;
       Ints total = {};
       for (int64_t i = g * GROUP; i < (g + 1) * GROUP; i += LANES) {
         Floats values = load(x + i) * to_q;
@@ -187,7 +187,10 @@ void linear(const float* x, const void* weights, const float* bias, float* out, 
       if (count == 4) dot<BITS, 4>(tile, all, first, totals);
       for (int64_t t = 0; t < count; t++) {
         float* to = out + (first + t) * outputs + n;
-        size == sizeof(Floats) ? store(totals[t], to) : (void)std::memcpy(to, &totals[t], size);
+        if (size == sizeof(Floats))
+          store(totals[t], to);
+        else
+          std::memcpy(to, &totals[t], size);
       }
     }
   }

@@ -1,9 +1,9 @@
 """Kernels in C++ for a few tokens on a CPU (cpu.cpp), compiled for this one when first wanted.
 
 A step of one token is hundreds of small operations. torch takes several of ten microseconds where
-one of these takes two; and products read weights of 4 or 8 bits as they are stored. All is float32
-and contiguous. Who calls has a twin in plain torch, for what these do not take and for machines
-without a compiler.
+one of these takes two; and products read weights of 4 or 8 bits as they are stored. Tensors are
+float32 and contiguous. Who calls has a twin in plain torch, for what these do not take and for
+machines without a compiler.
 """
 
 from __future__ import annotations
