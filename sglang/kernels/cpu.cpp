@@ -344,8 +344,10 @@ void decode_attention(const float* q, const float* k_cache, const float* v_cache
                       const int32_t* slot_table, const int32_t* rows, const int32_t* kv_lens,
                       float* out, int64_t num_rows, int64_t q_heads, int64_t kv_heads, int64_t dim,
                       int64_t q_stride, int64_t table_stride, int64_t window, float scale) {
-  // A task has all heads of a row if there are rows for all threads, else one.
-  int64_t heads = num_rows >= omp_get_max_threads() ? q_heads : 1;
+  // A task has all heads of a row, or those that share a KV head, or one: as many as leave a task
+  // for each thread.
+  int64_t group = q_heads / kv_heads, threads = omp_get_max_threads();
+  int64_t heads = num_rows >= threads ? q_heads : num_rows * kv_heads >= threads ? group : 1;
 #pragma omp parallel
   {
     std::vector<float> scores, block(TOKENS * kv_heads * dim);
@@ -356,7 +358,6 @@ void decode_attention(const float* q, const float* k_cache, const float* v_cache
       if (!seen) continue;
       if (scores.size() < size_t(heads * (seen + LANES))) scores.resize(heads * (seen + LANES));
       const int32_t* slots = slot_table + rows[n] * table_stride + length - seen;
-      int64_t group = q_heads / kv_heads;
       Row row = {q + n * q_stride, k_cache, v_cache, slots, seen, dim, kv_heads, group, scale,
                  out + n * q_heads * dim};
       attend(row, head, head + heads, scores.data(), block.data());
