@@ -123,16 +123,14 @@ def clipped_int4_grid(
     """float32 [N, groups, a group's inputs] and how much the square of each input's error matters,
     [K] -> as int4_grid: for each group, of the SHARES of its range, the one with the least error.
     Numbers that lie closer are worth a few that are cut off (AWQ's clipping)."""
-    importance = importance.view(groups.shape[1:])
-    best = [torch.full(groups.shape[:2], torch.inf), *int4_grid(groups)]
-    for share in SHARES:
-        scales, zeros = grid = int4_grid(groups, share)
-        low = -zeros[:, :, None]
-        q = (groups / scales[:, :, None]).round_().clamp_(low, low + 15)
-        errors = q.mul_(scales[:, :, None]).sub_(groups).pow_(2).mul_(importance).sum(-1)
-        better = errors < best[0]
-        best = [torch.where(better, *pair) for pair in zip((errors, *grid), best, strict=True)]
-    return best[1], best[2]
+    grids = [int4_grid(groups, share) for share in SHARES]
+    errors = []
+    for grid in grids:
+        error = _nearest_int4(groups.flatten(1), *grid).weight().sub_(groups.flatten(1))
+        errors.append(error.pow_(2).mul_(importance).view_as(groups).sum(-1))
+    best = torch.stack(errors).argmin(0, keepdim=True)
+    scales, zeros = (torch.stack(each).gather(0, best)[0] for each in zip(*grids, strict=True))
+    return scales, zeros
 
 
 def round_to_int4(weight: torch.Tensor, group_size: int) -> Int4:

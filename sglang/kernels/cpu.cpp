@@ -55,12 +55,16 @@ inline float largest(Floats v) {
   return most;
 }
 
+inline Ints nearest(Floats x) {
+  return __builtin_convertvector(x + (x < 0.0f ? Floats{} - 0.5f : Floats{} + 0.5f), Ints);
+}
+
 // 2^n times a Taylor series of e^f, where x = n ln 2 + f. ln 2 is in two parts, of which n times the
 // first is exact.
 inline Floats exp(Floats x) {
   x = x < -87.0f ? Floats{} - 87.0f : x > 88.0f ? Floats{} + 88.0f : x;
   Floats n = x * 1.44269504f;
-  Ints whole = __builtin_convertvector(n + (n < 0.0f ? Floats{} - 0.5f : Floats{} + 0.5f), Ints);
+  Ints whole = nearest(n);
   n = __builtin_convertvector(whole, Floats);
   Floats f = (x - n * 0.693359375f) + n * 2.12194440e-4f;
   Floats series = Floats{} + 1.0f / 5040;
@@ -108,9 +112,7 @@ struct Inputs {
       float to_q = scales[g] > 1e-30f ? 1.0f / scales[g] : 0.0f;
       Ints total = {};
       for (int64_t i = g * GROUP; i < (g + 1) * GROUP; i += LANES) {
-        Floats values = load(x + i) * to_q;
-        values += values < 0.0f ? Floats{} - 0.5f : Floats{} + 0.5f;
-        Ints whole = __builtin_convertvector(values, Ints);
+        Ints whole = nearest(load(x + i) * to_q);
         Shorts shorts = __builtin_convertvector(whole, Shorts);
         std::memcpy(&q[i], &shorts, sizeof shorts);
         total += whole;
@@ -222,13 +224,15 @@ void attend(const Row& row, int64_t first_head, int64_t end_head, float* scores,
       std::memcpy(block + (i - first) * size, from, size * sizeof(float));
     }
   };
+  auto of_head = [&](int64_t i, int64_t head) {  // of the block's token i
+    return block + i * size + (head / row.group - first_kv_head) * dim;
+  };
   for (int64_t first = 0; first < length; first += TOKENS) {
     int64_t end = std::min(first + TOKENS, length);
     fetch(row.k, first, end);
     for (int64_t head = first_head; head < end_head; head++)
       for (int64_t i = first; i < end; i++) {
-        const float* q = row.q + head * dim;
-        const float* k = block + (i - first) * size + (head / row.group - first_kv_head) * dim;
+        const float *q = row.q + head * dim, *k = of_head(i - first, head);
         Floats totals[VECTORS] = {};
         for (int64_t d = 0; d < dim; d += VECTORS * LANES)
 #pragma GCC unroll 4
@@ -239,16 +243,16 @@ void attend(const Row& row, int64_t first_head, int64_t end_head, float* scores,
       }
   }
   for (int64_t head = first_head; head < end_head; head++) {
-    float *of_head = scores + (head - first_head) * room, *out = row.out + head * dim;
-    float most = *std::max_element(of_head, of_head + length);
-    std::fill(of_head + length, of_head + room, -INFINITY);
+    float *own = scores + (head - first_head) * room, *out = row.out + head * dim;
+    float most = *std::max_element(own, own + length);
+    std::fill(own + length, own + room, -INFINITY);
     Floats total = {};
     for (int64_t i = 0; i < length; i += LANES) {
-      Floats weights = exp(load(of_head + i) - most);
-      store(weights, of_head + i);
+      Floats weights = exp(load(own + i) - most);
+      store(weights, own + i);
       total += weights;
     }
-    for (int64_t i = 0; i < length; i += LANES) store(load(of_head + i) / sum(total), of_head + i);
+    for (int64_t i = 0; i < length; i += LANES) store(load(own + i) / sum(total), own + i);
     std::memset(out, 0, dim * sizeof(float));
   }
   for (int64_t first = 0; first < length; first += TOKENS) {
@@ -261,7 +265,7 @@ void attend(const Row& row, int64_t first_head, int64_t end_head, float* scores,
 #pragma GCC unroll 4
         for (int j = 0; j < VECTORS; j++) totals[j] = load(out + j * LANES);
         for (int64_t i = first; i < end; i++) {
-          const float* v = block + (i - first) * size + (head / row.group - first_kv_head) * dim + d;
+          const float* v = of_head(i - first, head) + d;
           float weight = scores[(head - first_head) * room + i];
 #pragma GCC unroll 4
           for (int j = 0; j < VECTORS; j++) totals[j] += load(v + j * LANES) * weight;

@@ -9,7 +9,7 @@ one tile, so K and V are read once.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -98,6 +98,13 @@ class DecodeConfig:
     rounds: int = 8
     """Of programs that take a row each, at most."""
 
+    def cut(self, num_rows: int, heads: int) -> tuple[int, int]:
+        """(shares of the work, programs) for each of so many blocks of heads: a program for each
+        share, or, if there are more rows and not too many, for each row."""
+        shares = min(num_rows * MAX_PARTS, max(self.programs // heads, 1))
+        # Those that find no work take time too.
+        return shares, num_rows if shares < num_rows <= self.rounds * shares else shares
+
 
 @cache
 def decode_config(
@@ -120,9 +127,9 @@ def decode_config(
     if num_kv_heads <= 8:
         return DecodeConfig(32, 1, 3, 6 * sms)
     # Whole rows are quicker with three stages, shares with two.
-    shares = 8 * sms // num_kv_heads
-    takes_rows = shares < num_rows <= DecodeConfig.rounds * shares
-    return DecodeConfig(32, 1, 3 if takes_rows else 2, 8 * sms)
+    config = DecodeConfig(32, 1, 3, 8 * sms)
+    shares, programs = config.cut(num_rows, num_kv_heads)
+    return config if programs > shares else replace(config, num_stages=2)
 
 
 # Two pairs of 8-bit floats -> the first and the second of each, as float16: three instructions,
@@ -353,9 +360,7 @@ def decode_attention_triton(
     if num_rows == 0:
         return out
     heads = num_kv_heads * triton.cdiv(group, 16)
-    shares = min(num_rows * MAX_PARTS, max(config.programs // heads, 1))
-    # Those that find no work take time too.
-    programs = num_rows if shares < num_rows <= config.rounds * shares else shares
+    shares, programs = config.cut(num_rows, heads)
     f32 = {"dtype": torch.float32, "device": q.device}
     partial = torch.empty(programs, 2, num_q_heads, dim, **f32)
     lse = torch.empty(programs, 2, num_q_heads, **f32)

@@ -94,9 +94,15 @@ def test_rope_and_decode_attention_agree_with_their_twins(seed: int) -> None:
     slot_table = torch.randint(num_slots, (n + 3, max_len), dtype=torch.int32)
     where = (slot_table, torch.randperm(n + 3)[:n].int(), lens, dim**-0.5, window)
     out, wanted = torch.full((2, n, heads, dim), 7.0)
-    cpu.decode_attention(q, *caches, *where, out)
     decode_attention_naive(q, *caches, *where, out=wanted)
-    assert_close(out, wanted)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, n + 1, n * kv_heads + 1):  # as these are many, tasks have fewer heads
+            torch.set_num_threads(threads)
+            cpu.decode_attention(q, *caches, *where, out.fill_(7.0))
+            assert_close(out, wanted)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_without_a_compiler_there_are_no_kernels(monkeypatch, caplog) -> None:

@@ -45,3 +45,24 @@ def test_a_berth_is_taken_again_once_it_has_been_read_and_never_before():
     assert len(set(map(id, taken))) == 2
     assert [tokens.tolist() for tokens in read] == [[1 + i, 2 + i, 3 + i] for i in range(5)]
     assert unread().tolist() == [1, 2, 3]
+
+
+def test_tokens_are_read_once_the_device_has_sent_them():
+    class Event:
+        """In the place of CUDA's: says what is asked of it, and copies late."""
+
+        def __init__(self) -> None:
+            self.calls: list[str] = []
+
+        def record(self) -> None:
+            self.calls.append("record")
+
+        def synchronize(self) -> None:
+            self.calls.append("synchronize")
+            berth._tokens.array[:2] = [8, 9]
+
+    berth = Berths(4, pinned=False).take()
+    berth._event = event = Event()  # type: ignore[assignment]
+    read = berth.fetch(torch.tensor([1, 2], dtype=torch.int32))
+    assert event.calls == ["record"]
+    assert read().tolist() == [8, 9] and event.calls == ["record", "synchronize"]
