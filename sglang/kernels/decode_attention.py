@@ -1,15 +1,14 @@
 """Attention of one new token a row over the row's cached tokens.
 
-Flash-decoding (Dao et al., 2023): programs share the rows' tokens out among themselves (in equal
-shares, as stream-K does for products: Osama et al., 2023), each keeps an online softmax over its
-part of a row, and the one that ends last merges the parts. The query heads that share a KV head are
-one tile, so K and V are read once.
+Flash-decoding (Dao et al., 2023): programs share the rows' tokens out among themselves
+(decode_shares.py), and each keeps an online softmax over its part of a row. The query heads that
+share a KV head are one tile, so K and V are read once.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -17,9 +16,17 @@ import triton
 import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
+from sglang.kernels.decode_attention_sums import decode_sums_kernel
+from sglang.kernels.decode_shares import (
+    DecodeConfig,
+    merge_parts,
+    part_at,
+    part_buffers,
+    row_part,
+    take_share,
+)
 from sglang.kernels.launch import (
     FLOAT32,
-    counters,
     launch_next,
     multiprocessors,
     padded_rows,
@@ -79,44 +86,30 @@ def decode_attention_naive(
     return out
 
 
-MAX_PARTS = 16
-"""Of a row."""
-
-
-@dataclass(frozen=True)
-class DecodeConfig:
-    """How the work is cut. The launch grid follows from the shapes alone, so it fits a CUDA graph;
-    what each program does is decided on the device."""
-
-    block_n: int
-    num_warps: int
-    num_stages: int
-    programs: int
-    """As many as the GPU holds at once, or less: of all KV heads together."""
-    min_tokens: int = 64
-    """A program's share at least."""
-    rounds: int = 8
-    """Of programs that take a row each, at most."""
-
-    def cut(self, num_rows: int, heads: int) -> tuple[int, int]:
-        """(shares of the work, programs) for each of so many blocks of heads: a program for each
-        share, or, if there are more rows and not too many, for each row."""
-        shares = min(num_rows * MAX_PARTS, max(self.programs // heads, 1))
-        # Those that find no work take time too.
-        return shares, num_rows if shares < num_rows <= self.rounds * shares else shares
-
-
 @cache
 def decode_config(
-    device: torch.device, num_rows: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
+    device: torch.device,
+    num_rows: int,
+    num_kv_heads: int,
+    group: int,
+    head_dim: int,
+    dtype: torch.dtype,
 ) -> DecodeConfig:
-    """The quickest on an H200. dtype: the cache's."""
+    """The quickest on an H200. group: query heads of a KV head; dtype: the cache's."""
     sms = multiprocessors(device)
     heads = num_rows * num_kv_heads
     if head_dim > 128 or dtype.itemsize == 4:
         return DecodeConfig(32, 4, 2, 4 * sms)
+
+    def staged(config: DecodeConfig) -> DecodeConfig:
+        """Whole rows are quicker with three stages, shares with two."""
+        shares, programs = config.cut(num_rows, num_kv_heads)
+        return config if programs > shares else replace(config, num_stages=2)
+
     are_few = heads <= 4 * sms
     if dtype.itemsize == 1:
+        if group == 1 and head_dim in (64, 128):
+            return staged(DecodeConfig(16, 1, 3, 16 * sms, dots=False))
         if are_few:
             return DecodeConfig(64, 2, 3, 4 * sms)
         # Conversion, not memory, is what a program waits for: alone at the end it is no quicker.
@@ -126,10 +119,7 @@ def decode_config(
     # Programs so small that many fit on an SM: the begin of one hides behind the others.
     if num_kv_heads <= 8:
         return DecodeConfig(32, 1, 3, 6 * sms)
-    # Whole rows are quicker with three stages, shares with two.
-    config = DecodeConfig(32, 1, 3, 8 * sms)
-    shares, programs = config.cut(num_rows, num_kv_heads)
-    return config if programs > shares else replace(config, num_stages=2)
+    return staged(DecodeConfig(32, 1, 3, 8 * sms))
 
 
 # Two pairs of 8-bit floats -> the first and the second of each, as float16: three instructions,
@@ -182,9 +172,9 @@ def _decode_kernel(
     table_ptr,
     rows_ptr,
     lens_ptr,
-    partial_ptr,  # float32 [programs, 2, HQ, D], normalised within its part
-    lse_ptr,  # float32 [programs, 2, HQ], log2 of the part's sum of exponentials
-    ended_ptr,  # int32 [n, head blocks], parts that have ended
+    partial_ptr,  # as `part_buffers` says
+    lse_ptr,
+    ended_ptr,
     out_ptr,  # [n, HQ, D] contiguous
     q_stride,
     kv_stride,  # of a slot, in both caches
@@ -206,16 +196,9 @@ def _decode_kernel(
     ASM: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """The tiles of all rows, end to end, are cut into equal shares, one for each program: so all
-    end at about the same time, whatever the rows' lengths. A share may begin and end within a row;
-    of a row's parts, the one that ends last merges all. But if there are as many programs as rows,
-    these are not short, and none is much longer than a share, a program takes a row: SMs are not
-    equally quick, and those that are take more rows.
-
-    A head's elements are in two parts, a and b, that are multiplied apart. Of a 16-bit cache that
-    is its first half and the rest. An 8-bit cache is read as pairs, of which a is the first: so the
-    tiles are of 16-bit elements, which load into the layout of the tensor cores as they are.
-    """
+    """A head's elements are in two parts, a and b, multiplied apart. Of a 16-bit cache that is its
+    first half and the rest. An 8-bit cache is read as pairs, of which a is the first: so the tiles
+    are of 16-bit elements, which load into the layout of the tensor cores as they are."""
     launch_next(PDL)
     wait_for_previous(PDL)
     HEAD_BLOCKS: tl.constexpr = (GROUP + BLOCK_H - 1) // BLOCK_H
@@ -234,38 +217,21 @@ def _decode_kernel(
     dtype = out_ptr.dtype.element_ty
     tile_dtype: tl.constexpr = tl.float16 if PAIRS else dtype
 
-    program = tl.program_id(1)
-    r = tl.arange(0, ROWS_PADDED)
-    seen_lens = tl.load(lens_ptr + r, mask=r < num_rows, other=0)
-    if WINDOW > 0:
-        seen_lens = tl.minimum(seen_lens, WINDOW)
-    tiles = tl.cdiv(seen_lens, BLOCK_N)
-    total_tiles = tl.sum(tiles, 0)
-    longest = tl.max(tiles, 0)
-    share = tl.maximum(tl.cdiv(total_tiles, num_shares), tl.cdiv(longest, MAX_PARTS - 1))
-    share = tl.maximum(share, MIN_TILES)
-    first_tile = program * share
-    end_tile = tl.minimum(first_tile + share, total_tiles)
-    are_even = (4 * longest <= 5 * share) & (total_tiles >= 8 * num_rows)
-    whole_rows = are_even & (tl.num_programs(1) >= num_rows)
-    if whole_rows:
-        first_tile = tl.sum(tl.where(r < program, tiles, 0), 0)
-        end_tile = tl.sum(tl.where(r <= program, tiles, 0), 0)
-    ends = tl.cumsum(tiles, 0)
-    first_row = tl.sum((ends <= first_tile).to(tl.int32), 0)
-    last_row = tl.sum((ends < end_tile).to(tl.int32), 0)
-    before = tl.sum(tl.where(r < first_row, tiles, 0), 0)  # tiles of the rows before
+    first_row, last_row, first_tile, end_tile, before, share, whole_rows = take_share(
+        lens_ptr,
+        num_rows,
+        num_shares,
+        WINDOW,
+        BLOCK_N,
+        MIN_TILES,
+        MAX_PARTS,
+        ROWS_PADDED,
+        BRANCH=PAIRS,
+    )
     for i in tl.range(first_row, last_row + 1):
-        kv_len = tl.load(lens_ptr + i)
-        first = 0
-        if WINDOW > 0:
-            first = tl.maximum(kv_len - WINDOW, 0)
-        row_tiles = tl.cdiv(kv_len - first, BLOCK_N)
-        start = first + tl.maximum(first_tile - before, 0) * BLOCK_N
-        end = tl.minimum(first + (end_tile - before) * BLOCK_N, kv_len)
-        first_program = before // share
-        parts = (before + row_tiles - 1) // share - first_program + 1
-        parts = tl.where(row_tiles > 0, tl.where(whole_rows, 1, parts), 0)
+        start, end, row_tiles, parts, first_program = row_part(
+            tl.load(lens_ptr + i), first_tile, end_tile, before, share, whole_rows, WINDOW, BLOCK_N
+        )
         before += row_tiles
         at_row = tl.full([], i, tl.int64)
         q_at = q_ptr + at_row * q_stride + head[:, None] * D
@@ -310,32 +276,16 @@ def _decode_kernel(
             tl.store(out_at + a[None, :], acc_a.to(dtype), mask=in_a)
             tl.store(out_at + b[None, :], acc_b.to(dtype), mask=in_b)
         elif parts > 1:
-            # A program's first part, or, if the row begins here, its last.
-            at_part = (2 * program + (program == first_program).to(tl.int32)) * HQ + head
+            at_part = part_at(first_program) * HQ + head
             partial_at = partial_ptr + at_part[:, None] * D
             tl.store(partial_at + a[None, :], acc_a, mask=in_a)
             tl.store(partial_at + b[None, :], acc_b, mask=in_b)
             tl.store(lse_ptr + at_part, most + tl.log2(total), mask=in_group < GROUP)
-            tl.debug_barrier()  # the stores of all threads come before the count
-            ended_at = ended_ptr + i * tl.num_programs(0) + tl.program_id(0)
-            if tl.atomic_add(ended_at, 1, sem="acq_rel") == parts - 1:
-                tl.store(ended_at, 0)
-                d = tl.arange(0, BLOCK_D)
-                s = tl.arange(0, MAX_PARTS)
-                used = s < parts
-                at_parts = (2 * (first_program + s) + (s == 0).to(tl.int32)) * HQ
-                for h in range(first_head, tl.minimum(first_head + BLOCK_H, GROUP)):
-                    at_head = kv_head * GROUP + h
-                    # Past the L1, which other SMs' stores do not reach.
-                    lse_at = lse_ptr + at_parts + at_head
-                    lse = tl.load(lse_at, mask=used, other=-1.0e30, cache_modifier=".cg")
-                    tile = partial_ptr + (at_parts + at_head)[:, None] * D + d[None, :]
-                    tile_mask = used[:, None] & (d[None, :] < D)
-                    part = tl.load(tile, mask=tile_mask, other=0.0, cache_modifier=".cg")
-                    weight = tl.exp2(lse - tl.max(lse, 0))
-                    out = tl.sum(weight[:, None] * part, 0) / tl.sum(weight, 0)
-                    out_at = out_ptr + (at_row * HQ + at_head) * D + d
-                    tl.store(out_at, out.to(dtype), mask=d < D)
+            end_head = tl.minimum(first_head + BLOCK_H, GROUP)
+            merge_parts(
+                at_row, kv_head * GROUP, first_head, end_head, parts, first_program,
+                partial_ptr, lse_ptr, ended_ptr, out_ptr, HQ, D, BLOCK_D, MAX_PARTS,
+            )  # fmt: skip
 
 
 def decode_attention_triton(
@@ -352,39 +302,44 @@ def decode_attention_triton(
 ) -> torch.Tensor:
     num_rows, num_q_heads, dim = q.shape
     num_kv_heads = k_cache.shape[1]
-    if config is None:
-        config = decode_config(q.device, num_rows, num_kv_heads, dim, k_cache.dtype)
     group = num_q_heads // num_kv_heads
+    if config is None:
+        config = decode_config(q.device, num_rows, num_kv_heads, group, dim, k_cache.dtype)
     if out is None:
         out = torch.empty(num_rows, num_q_heads, dim, dtype=q.dtype, device=q.device)
     if num_rows == 0:
         return out
     heads = num_kv_heads * triton.cdiv(group, 16)
     shares, programs = config.cut(num_rows, heads)
-    f32 = {"dtype": torch.float32, "device": q.device}
-    partial = torch.empty(programs, 2, num_q_heads, dim, **f32)
-    lse = torch.empty(programs, 2, num_q_heads, **f32)
-    ended = counters(q.device, num_rows * heads)
-    pairs = k_cache.dtype.itemsize == 1
-    if pairs:
-        k_cache, v_cache = k_cache.view(torch.int16), v_cache.view(torch.int16)
+    parts = part_buffers(q, programs, heads)
+    is_8_bit = k_cache.dtype.itemsize == 1
+    if is_8_bit:
+        words = torch.int16 if config.dots else torch.int32
+        k_cache, v_cache = k_cache.view(words), v_cache.view(words)
+    if config.dots:
+        kernel = _decode_kernel
+        only_its = {
+            "GROUP": group,
+            "BLOCK_H": 16,  # the least that tensor cores take
+            "BLOCK_D": triton.next_power_of_2(dim),
+            "PAIRS": is_8_bit,
+        }
+    else:
+        kernel, only_its = decode_sums_kernel, {"STAGES": config.num_stages}
     # Heads first: programs side by side then read neighbouring parts of the same slots.
-    _decode_kernel[(heads, programs)](
-        q, k_cache, v_cache, slot_table, rows, kv_lens, partial, lse, ended, out,
+    kernel[(heads, programs)](
+        q, k_cache, v_cache, slot_table, rows, kv_lens, *parts, out,
         q.stride(0), k_cache.stride(0), slot_table.stride(0),
         scale * math.log2(math.e), num_rows, shares,
         WINDOW=window,
         HQ=num_q_heads,
-        GROUP=group,
         D=dim,
-        BLOCK_H=16,  # the least that tensor cores take
-        BLOCK_D=triton.next_power_of_2(dim),
         BLOCK_N=config.block_n,
         MIN_TILES=triton.cdiv(config.min_tokens, config.block_n),
-        MAX_PARTS=MAX_PARTS,
+        MAX_PARTS=config.max_parts,
         ROWS_PADDED=padded_rows(num_rows, 16, 256, 1024),
-        PAIRS=pairs,
-        ASM=not isinstance(_decode_kernel, InterpretedFunction),
+        ASM=not isinstance(kernel, InterpretedFunction),
+        **only_its,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         **pdl(q.device),

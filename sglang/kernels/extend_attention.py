@@ -139,9 +139,7 @@ def extend_config(
         return ExtendConfig(32 if head_dim > 128 else 64, 32, 4, 2, pack, splits)
     if head_dim > 128:
         return ExtendConfig(128, 64, 8, 2, pack, splits)
-    if max_q_len < 512:
-        return ExtendConfig(64, 64, 4, 2, pack, splits)
-    return ExtendConfig(128, 64, 8, 3, pack, splits)
+    return ExtendConfig(64, 64, 4, 2 if max_q_len < 512 else 3, pack, splits)
 
 
 @triton.jit

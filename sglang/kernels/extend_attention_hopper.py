@@ -50,8 +50,8 @@ no more tiles), and the prefix' length."""
 
 
 def usable(q: torch.Tensor, k_cache: torch.Tensor, window: int, max_q_len: int) -> bool:
-    """Whether the kernel can take these, and is likely to be the quicker one: it is where there is
-    a full tile for almost every SM. A tile's keys are never shared out among programs."""
+    """Whether the kernel can take these, and is likely to be the quicker one: it is where an SM has
+    some tiles. A tile is begun slowly, and its keys are never shared out among programs."""
     num_tokens, num_q_heads, dim = q.shape
     processors = multiprocessors(q.device)
     return (
@@ -61,7 +61,7 @@ def usable(q: torch.Tensor, k_cache: torch.Tensor, window: int, max_q_len: int) 
         and dim in (64, 128)
         and window == 0
         and max_q_len >= 512
-        and num_tokens * num_q_heads >= 0.9 * processors * BLOCK.value
+        and num_tokens * num_q_heads >= 2.5 * processors * BLOCK.value
     )
 
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from sglang.kernels.decode_attention import (
-    DecodeConfig,
     decode_attention,
     decode_attention_naive,
     decode_attention_triton,
 )
+from sglang.kernels.decode_shares import DecodeConfig
 from sglang.kernels.extend_attention import (
     ExtendConfig,
     extend_attention_naive,
@@ -45,7 +45,7 @@ def qkv(tokens: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype) ->
 
 
 @pytest.mark.parametrize("seed", seeds(50, 24))
-def test_decode_agrees_with_its_twin(seed: int, monkeypatch) -> None:
+def test_decode_agrees_with_its_twin(seed: int) -> None:
     rng = random.Random(seed)
     dtype = rng.choice(DTYPES)
     torch.manual_seed(seed)
@@ -58,8 +58,8 @@ def test_decode_agrees_with_its_twin(seed: int, monkeypatch) -> None:
     q = randn(n, kv_heads * group, dim, dtype=dtype)
     # Programs with a part of a row each, or with many rows.
     programs, least = rng.choice([1, 4, 10, 2048]), rng.choice([32, 64, 256])
-    configs = [DecodeConfig(rng.choice([32, 64]), 4, 2, programs, least)]
-    monkeypatch.setattr("sglang.kernels.decode_attention.MAX_PARTS", rng.choice([4, 16]))
+    parts = rng.choice([4, 16])
+    configs = [DecodeConfig(rng.choice([32, 64]), 4, 2, programs, least, max_parts=parts)]
     if GPU:
         configs.append(None)
     expected = decode_attention_naive(q, *cache.args(), lens, dim**-0.5, window)
@@ -67,6 +67,27 @@ def test_decode_agrees_with_its_twin(seed: int, monkeypatch) -> None:
         out = torch.zeros_like(q)
         decode_attention_triton(q, *cache.args(), lens, dim**-0.5, window, config, out)
         assert_close(out, expected)
+
+
+@pytest.mark.parametrize("seed", seeds(40, 16))
+def test_decode_without_tensor_cores_agrees_with_its_twin(seed: int) -> None:
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    n, heads, dim = rng.choice([1, 3, 17]), rng.choice([1, 3]), rng.choice([64, 128])
+    window, max_len = rng.choice([0, 0, 1, 70]), rng.choice([20, 1500 if GPU else 300])
+    shortest = rng.choice([0, max_len // 2])  # rows much alike may be taken whole
+    lens = int32(sorted((rng.randint(shortest, max_len) for _ in range(n)), reverse=True))
+    cache = Cache(n, max_len, heads, dim, torch.float16)
+    cache.k, cache.v = (x.to(torch.float8_e4m3fn) for x in (cache.k, cache.v))
+    args = (randn(n, heads, dim, dtype=rng.choice(DTYPES)), *cache.args(), lens, 0.3, window)
+    block_n, warps = rng.choice([(16, 1), (32, 2)])
+    programs, parts = rng.choice([1, 10, 2048]), rng.choice([4, 16])
+    configs = [DecodeConfig(block_n, warps, 3, programs, 32, max_parts=parts, dots=False)]
+    if GPU:
+        configs.append(None)
+    expected = decode_attention_naive(*args)
+    for config in configs:
+        assert_close(decode_attention_triton(*args, config, torch.zeros_like(args[0])), expected)
 
 
 def test_a_program_may_have_many_rows() -> None:
@@ -140,6 +161,9 @@ def test_what_lies_past_the_end_of_a_row_is_never_read() -> None:
     args = (*cache.args(), int32([41]), 0.1, 0)
     out = decode_attention_triton(q, *args, DecodeConfig(32, 4, 2, 40, 32))
     assert_close(out, decode_attention_naive(q, *args))
+    single = (q[:, :1], *(x.to(torch.float8_e4m3fn) for x in args[:2]), *args[2:])
+    summed = decode_attention_triton(*single, DecodeConfig(32, 2, 3, 40, 32, dots=False))
+    assert_close(summed, decode_attention_naive(*single))
     starts, lens = int32([0, 1]), int32([41])
     tile = ExtendConfig(16, 32, 4, 2, pack=True)
     k, v = (x[cache.table[0, 40:41].long()] for x in (cache.k, cache.v))

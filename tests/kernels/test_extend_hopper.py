@@ -125,7 +125,7 @@ def test_is_called_for_much_work_and_for_nothing_that_it_cannot_do(monkeypatch) 
         assert_close(out, extend_attention_naive(*case.args(window=window), out=case.blank()))
         return len(calls) > 0
 
-    def made(group: int = 2, dim: int = 128, dtype: torch.dtype = torch.float16) -> Case:
+    def made(group: int = 6, dim: int = 128, dtype: torch.dtype = torch.float16) -> Case:
         case = Case(4500, group, dim, dtype)
         case.set([1500, 500, 2500], [200, 0, 1000])
         return case
