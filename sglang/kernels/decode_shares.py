@@ -61,7 +61,7 @@ def part_buffers(
 
 @triton.jit
 def _rows_of(tiles, r, first_tile, end_tile):
-    """The first and the last row that have some of these tiles, and the tiles of the rows before."""
+    """First and last row that have some of these tiles, and the tiles of the rows before."""
     ends = tl.cumsum(tiles, 0)
     first_row = tl.sum((ends <= first_tile).to(tl.int32), 0)
     last_row = tl.sum((ends < end_tile).to(tl.int32), 0)

@@ -9,7 +9,7 @@ from sglang.kernels.activation import silu_and_mul, silu_and_mul_naive
 from sglang.kernels.linear import linear
 
 try:
-    from sglang.kernels import gated_linear_hopper as hopper
+    from sglang.kernels import wide_linear_hopper as hopper
 except ImportError:  # Triton without Gluon, or with an older one
     hopper = None
 
@@ -17,7 +17,7 @@ except ImportError:  # Triton without Gluon, or with an older one
 def gated_linear(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     """x [T, K], w [2 I, K] = (gate's rows | up's) -> silu(gate) * up, [T, I], in x's dtype. Gate
     and up are rounded to it first, in all kernels."""
-    if hopper is not None and hopper.usable(x, w):
+    if hopper is not None and hopper.usable_gated(x, w):
         return hopper.gated_linear_hopper(x, w)
     return silu_and_mul(linear(x, w))
 

@@ -27,6 +27,7 @@ from sglang.kernels.int4_weight import (
     unpack_nibbles,
 )
 from sglang.kernels.launch import launch_next, pdl, wait_for_previous
+from sglang.kernels.linear import linear
 from sglang.kernels.quant_split_k import split_k_workspace, sum_splits, tile_of
 
 try:
@@ -47,7 +48,7 @@ def int4_linear(x: torch.Tensor, w: Int4Weight, bias: torch.Tensor | None = None
     if hopper is not None and hopper.usable(x, w):
         return hopper.int4_hopper_linear(x, w, bias)
     if len(x) > DOT_TOKENS:
-        return F.linear(x, dequantize_int4_triton(w, x.dtype), bias)
+        return linear(x, dequantize_int4_triton(w, x.dtype), bias)
     return int4_dot_triton(x, w, bias)
 
 

@@ -1,4 +1,5 @@
-"""y = x W^T with 16-bit weights: BLAS's, but for some dozen tokens and a small matrix on Hopper."""
+"""y = x W^T with 16-bit weights: BLAS's, unless a GPU is a Hopper, and tokens are many, or some
+dozen and the matrix small."""
 
 from __future__ import annotations
 
@@ -7,8 +8,9 @@ import torch.nn.functional as F
 
 try:
     from sglang.kernels import linear_hopper as hopper
+    from sglang.kernels import wide_linear_hopper as wide
 except ImportError:  # Triton without Gluon, or with an older one
-    hopper = None
+    hopper = wide = None
 
 MAX_TOKENS = 64
 """With more, BLAS is quicker."""
@@ -20,6 +22,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     """x [T, K], weight [N, K], bias [N] -> [T, N]."""
     if has_own(x, weight):
         return hopper.linear_hopper(x, weight, bias)
+    if bias is None and wide is not None and wide.usable(x, weight):
+        return wide.wide_linear_hopper(x, weight)
     return F.linear(x, weight, bias)
 
 
@@ -31,7 +35,7 @@ def add_linear(added: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> to
 
 
 def has_own(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether the product is our own kernel's."""
+    """Whether the product is the kernel's for some dozen tokens."""
     is_some = x.is_cuda and 0 < len(x) <= MAX_TOKENS and weight.numel() <= MAX_WEIGHTS
     are_halves = weight.dtype == x.dtype and x.dtype in (torch.float16, torch.bfloat16)
     return is_some and are_halves and hopper is not None and hopper.usable(x, weight)
