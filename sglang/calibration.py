@@ -6,7 +6,7 @@ that layers rounded before it made; it scales and rounds its weights, and passes
 * Inputs are divided by s [K], and the columns of the weights multiplied by it; what makes the
   inputs takes the division: the norm before them, or the rows of up_proj before down_proj. For
   8-bit weights and activations s is SmoothQuant's (Xiao et al., 2023), for 4-bit weights AWQ's (Lin
-  et al., 2023).
+  et al., 2023). Where the checkpoint is rotated, norms make no outliers, and s is 1 behind them.
 * Weights are then rounded by GPTQ (Frantar et al., 2022), whichever their format: the error of each
   column is made up for by the columns after it, which are not rounded yet. 4-bit numbers span what
   range of a group errs least.
@@ -33,7 +33,7 @@ from sglang.kernels.quant_tokens import nearest, quantize_tokens_naive
 from sglang.layers.linear import GateUpLinear, Linear
 from sglang.layers.norm import RMSNorm
 from sglang.model_config import ModelConfig
-from sglang.models.checkpoint import open_checkpoint
+from sglang.models.checkpoint import Checkpoint
 from sglang.models.decoder import Decoder
 from sglang.quantization.base import LinearMethod
 from sglang.quantization.unquantized import Unquantized
@@ -45,6 +45,8 @@ TEXT = Path(__file__).with_name("calibration.txt")
 """Prose, code, chat and tables, some of each. Benchmarks score another text."""
 SMOOTH_ALPHA = 0.6
 """How much of the activations' range SmoothQuant moves into the weights."""
+ROTATED_ALPHA = 0.3
+"""The same in a rotated checkpoint, where only down_proj's inputs have outliers left."""
 AWQ_ALPHA = 0.4
 """How much of an input's size AWQ moves into the weights: one value for all layers, no search."""
 SHARES = (1.0, 0.9, 0.8, 0.7)
@@ -210,10 +212,10 @@ def same_size(x: torch.Tensor) -> torch.Tensor:
     return x * x.pow(2).mean(1, keepdim=True).clamp_min(1e-12).rsqrt()
 
 
-def smoothquant_scales(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def smoothquant_scales(x: torch.Tensor, weight: torch.Tensor, alpha: float) -> torch.Tensor:
     """Inputs [T, K], weight [N, K] -> s [K] = max|x|^alpha / max|W|^(1 - alpha)."""
-    s = x.abs().amax(0).clamp_min(1e-5) ** SMOOTH_ALPHA
-    s /= weight.abs().amax(0).clamp_min(1e-5) ** (1 - SMOOTH_ALPHA)
+    s = x.abs().amax(0).clamp_min(1e-5) ** alpha
+    s /= weight.abs().amax(0).clamp_min(1e-5) ** (1 - alpha)
     return s / (s.max() * s.min()).sqrt()
 
 
@@ -225,6 +227,11 @@ def awq_scales(x: torch.Tensor) -> torch.Tensor:
 
 class Format(ABC):
     """What becomes of a layer, of its inputs x [T, K] and its weight [N, K], float32."""
+
+    @property
+    def scales_norms(self) -> bool:
+        """Whether inputs that come from a norm are divided too."""
+        return True
 
     @abstractmethod
     def scales(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -253,9 +260,15 @@ class FourBits(Format):
 class EightBits(Format):
     dtype: torch.dtype
     """Of weights and activations: int8 or float8_e4m3fn."""
+    rotated: bool = False
+    """Whether the checkpoint is (`sglang.rotation`)."""
+
+    @property
+    def scales_norms(self) -> bool:
+        return not self.rotated
 
     def scales(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return smoothquant_scales(x, weight)
+        return smoothquant_scales(x, weight, ROTATED_ALPHA if self.rotated else SMOOTH_ALPHA)
 
     def inputs(self, x: torch.Tensor) -> torch.Tensor:
         return round_to_8_bits(x, self.dtype).weight()
@@ -299,15 +312,16 @@ class Calibrated(LinearMethod):
         residual: torch.Tensor | None,
         gated: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        s = self.format.scales(norm(x, residual)[0], layer.weight)
-        norm.weight /= s
-        layer.weight *= s
+        if self.format.scales_norms:
+            s = self.format.scales(norm(x, residual)[0], layer.weight)
+            norm.weight /= s
+            layer.weight *= s
         return super().apply_normed(layer, x, bias, norm, residual, gated)
 
 
 @torch.no_grad()
 def calibrate(
-    config: ModelConfig, ids: Sequence[int], format: Format
+    config: ModelConfig, checkpoint: Checkpoint, ids: Sequence[int], format: Format
 ) -> tuple[dict[str, torch.Tensor], dict[str, Rounded]]:
     """config: of a model in float32 on the CPU.
 
@@ -321,7 +335,7 @@ def calibrate(
         method = Calibrated(format, progress)
         for layer in layers:
             layer.method = method
-        model.load(open_checkpoint(config))
+        model.load(checkpoint)
         model(*_batch(config, ids))
 
     tensors: dict[str, torch.Tensor] = {}

@@ -7,6 +7,7 @@ IN is a folder, a .gguf file or a hub id; "" is the demo model. Weights are roun
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -21,6 +22,7 @@ from sglang.model_config import ModelConfig, _read_gguf
 from sglang.models.checkpoint import open_checkpoint
 from sglang.quantization.grouped import AWQLinear
 from sglang.quantization.w8a8 import DTYPES
+from sglang.rotation import RotatedCheckpoint
 from sglang.server_args import ServerArgs
 from sglang.tokenizer import Tokenizer
 
@@ -56,8 +58,14 @@ def quantize(
         if len(ids) < calibration.MIN_TOKENS:
             print(f"{len(ids)} tokens are too few to calibrate with: rounding to nearest")
         else:
-            format = EightBits(eight_bits) if eight_bits else FourBits(group_size)
-            changed, rounded = calibration.calibrate(config, ids, format)
+            format = FourBits(group_size)
+            if eight_bits:
+                # Not for fp8: what it loses is a share of each number, whatever the others are.
+                format = EightBits(eight_bits, rotated=method == "int8")
+                if format.rotated:
+                    checkpoint = RotatedCheckpoint(config, checkpoint)
+                    config = dataclasses.replace(config, tie_word_embeddings=False)
+            changed, rounded = calibration.calibrate(config, checkpoint, ids, format)
     tensors: dict[str, torch.Tensor] = {}
     for name in sorted(checkpoint.names):
         layer = name.removesuffix(".weight")
@@ -81,6 +89,7 @@ def quantize(
     values |= {
         "dtype": held_in,
         "torch_dtype": held_in,  # its older name
+        "tie_word_embeddings": config.tie_word_embeddings,
         "quantization_config": quantization_config(method, group_size),
     }
     (folder / "config.json").write_text(json.dumps(values, indent=1))

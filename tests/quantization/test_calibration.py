@@ -26,6 +26,7 @@ from sglang.calibration import (
     round_to_int4,
 )  # fmt: skip
 from sglang.model_config import ModelConfig
+from sglang.models.checkpoint import open_checkpoint
 from sglang.quantization.w8a8 import DTYPES
 from sglang.quantize import METHODS, pack, quantize
 from sglang.server_args import ServerArgs
@@ -114,7 +115,7 @@ def test_smoothing_leaves_logits_as_they_are(family, changes, tmp_path):
     theirs = tiny.make(family, **changes)
     theirs.save_pretrained(tmp_path)
     config = ModelConfig.load(ServerArgs(str(tmp_path), device="cpu", dtype="float32"))
-    tensors, layers = calibrate(config, random_ids(300), Exact(torch.int8))
+    tensors, layers = calibrate(config, open_checkpoint(config), random_ids(300), Exact(torch.int8))
     tensors |= {f"{name}.weight": layer.weight() for name, layer in layers.items()}
     before = {name: value.clone() for name, value in theirs.state_dict().items()}
     assert all((tensors[name] != before[name]).any() for name in tensors if "norm" in name)
