@@ -132,7 +132,7 @@ def test_a_client_that_leaves_the_queue_is_not_run(server: Server):
         while server.stats()["queued"] == 0 and time.monotonic() < deadline:
             time.sleep(0.01)
         assert server.stats()["queued"] > 0
-    assert server.wait_idle(1.5), server.stats()
+    assert server.wait_idle(5), server.stats()
 
 
 def test_information_says_what_is_served(server: Server):

@@ -69,19 +69,22 @@ def test_decode_agrees_with_its_twin(seed: int) -> None:
         assert_close(out, expected)
 
 
-@pytest.mark.parametrize("seed", seeds(40, 16))
+@pytest.mark.parametrize("seed", seeds(16, 16))
 def test_decode_without_tensor_cores_agrees_with_its_twin(seed: int) -> None:
     rng = random.Random(seed)
     torch.manual_seed(seed)
-    n, heads, dim = rng.choice([1, 3, 17]), rng.choice([1, 3]), rng.choice([64, 128])
-    window, max_len = rng.choice([0, 0, 1, 70]), rng.choice([20, 1500 if GPU else 300])
-    shortest = rng.choice([0, max_len // 2])  # rows much alike may be taken whole
-    lens = int32(sorted((rng.randint(shortest, max_len) for _ in range(n)), reverse=True))
-    cache = Cache(n, max_len, heads, dim, torch.float16)
+    n, heads, dim = rng.choice([1, 3, 17 if GPU else 5]), rng.choice([1, 2]), rng.choice([64, 128])
+    parts, block_n, warps = rng.choice([4, 16]), *rng.choice([(16, 1), (32, 2)])
+    longest, window = 1500 if GPU else 200, 0
+    if seed % 4 == 0:  # rows of about one length: a program has one
+        shortest, block_n, programs = longest * 4 // 5, 16, n * heads
+    else:
+        longest, window = rng.choice([20, longest]), rng.choice([0, 0, 1, 70])
+        shortest, programs = 0, rng.choice([1, 10, 2048])
+    lens = int32(sorted((rng.randint(shortest, longest) for _ in range(n)), reverse=True))
+    cache = Cache(n, longest, heads, dim, torch.float16)
     cache.k, cache.v = (x.to(torch.float8_e4m3fn) for x in (cache.k, cache.v))
     args = (randn(n, heads, dim, dtype=rng.choice(DTYPES)), *cache.args(), lens, 0.3, window)
-    block_n, warps = rng.choice([(16, 1), (32, 2)])
-    programs, parts = rng.choice([1, 10, 2048]), rng.choice([4, 16])
     configs = [DecodeConfig(block_n, warps, 3, programs, 32, max_parts=parts, dots=False)]
     if GPU:
         configs.append(None)
