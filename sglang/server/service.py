@@ -48,8 +48,9 @@ class Service:
         self.request_log = None
         if args.log_requests:
             self.request_log = RequestLog(args.log_requests_level, tokenizer)
-        self.model_names = list(dict.fromkeys([model.name, args.model_path, "", None]))
-        """What a request may call the model; the last two: whatever there is."""
+        self.model_names = list(dict.fromkeys([model.name, args.model_path, "default", "", None]))
+        """What a request may call the model; the last three: whatever there is. "default" is what
+        SGLang's examples say."""
         self.draining = False
         """The server is about to end."""
 

@@ -250,6 +250,8 @@ def test_every_event_of_a_stream_is_one_json_object_with_the_same_head(server, m
 
 def test_a_model_is_listed_and_found_by_its_name(client, model):
     assert client.models.retrieve(model).id == model
+    for name in ("default", ""):
+        assert client.completions.create(model=name, prompt="x", max_tokens=1).model == model
     with pytest.raises(openai.NotFoundError) as error:
         client.models.retrieve("gpt-9")
     assert error.value.code == "model_not_found"
