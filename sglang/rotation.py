@@ -5,7 +5,8 @@ rotated is the residual stream (QuaRot: Ashkboos et al., 2024; R1 of SpinQuant: 
 layers that write to it have the rotation in their weights, those that read it the inverse, so that
 nothing is left to do when the model runs. RMSNorm is the same of a rotated vector if its weight is
 one; the weight goes into the layers after it. A head tied to the embedding is on its own from then
-on. What down_proj reads has been through SwiGLU, and cannot be rotated this way.
+on, and hidden states, as embeddings are made of, are others. What down_proj reads has been through
+SwiGLU, and cannot be rotated this way.
 """
 
 from __future__ import annotations
