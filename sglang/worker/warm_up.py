@@ -13,12 +13,14 @@ if TYPE_CHECKING:
 
 _PROMPT_LENGTHS = (512, 32, 16)
 """Besides the longest: attention has other tiles, and so other kernels, for each."""
+_MIDDLING = 640
+"""Tokens of a prompt too long for what graphs launch, and too short for the kernels of many."""
 
 
 def warm_up(runner: ModelRunner) -> None:
     """The largest prefills that may come, of short prompts and of long ones (on a CPU, one short
-    prompt), then a step that decodes, prefills and draws at random. They write to slots that are
-    free and to rows that are not open."""
+    prompt), one of a middling prompt alone, then a step that decodes, prefills and draws at random.
+    They write to slots that are free and to rows that are not open."""
     rows = runner.rows
     budget = min(
         runner.chunk_size if runner.device.type == "cuda" else 16, runner.kv_cache.num_slots
@@ -29,6 +31,8 @@ def warm_up(runner: ModelRunner) -> None:
     for length in (*(n for n in _PROMPT_LENGTHS if n < longest), longest):
         num_prompts = min(budget // length, rows.num_rows)
         _run(runner, num_decode=0, prompts=[length] * num_prompts, temperature=0.0)
+    if longest > _MIDDLING:
+        _run(runner, num_decode=0, prompts=[_MIDDLING], temperature=0.0)
     if num_prompts < rows.num_rows:
         _run(runner, num_decode=num_prompts, prompts=[longest], temperature=1.0)
 
