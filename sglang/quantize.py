@@ -58,13 +58,12 @@ def quantize(
         if len(ids) < calibration.MIN_TOKENS:
             print(f"{len(ids)} tokens are too few to calibrate with: rounding to nearest")
         else:
-            format = FourBits(group_size)
-            if eight_bits:
-                # Not for fp8: what it loses is a share of each number, whatever the others are.
-                format = EightBits(eight_bits, rotated=method == "int8")
-                if format.rotated:
-                    checkpoint = RotatedCheckpoint(config, checkpoint)
-                    config = dataclasses.replace(config, tie_word_embeddings=False)
+            # Not for fp8: what it loses is a share of each number, whatever the others are.
+            rotated = method == "int8"
+            if rotated:
+                checkpoint = RotatedCheckpoint(config, checkpoint)
+                config = dataclasses.replace(config, tie_word_embeddings=False)
+            format = EightBits(eight_bits, rotated) if eight_bits else FourBits(group_size)
             changed, rounded = calibration.calibrate(config, checkpoint, ids, format)
     tensors: dict[str, torch.Tensor] = {}
     for name in sorted(checkpoint.names):

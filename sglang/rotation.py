@@ -54,7 +54,9 @@ class RotatedCheckpoint(Checkpoint):
     def _rotated(self, name: str) -> torch.Tensor:
         path, _, attribute = name.rpartition(".")
         where, _, layer = path.rpartition(".")
-        block = where.rpartition(".")[0]  # model.layers.0
+        if layer in _NORM_BEFORE and attribute == "weight":
+            block = where.rpartition(".")[0]  # model.layers.0
+            return self._reader(name, f"{block}.{_NORM_BEFORE[layer]}")
         match layer:
             case "embed_tokens":
                 return self._stored(name) @ self._rotation
@@ -62,8 +64,6 @@ class RotatedCheckpoint(Checkpoint):
                 return self._reader(f"{self._head}.weight", "model.norm")
             case "norm" | "input_layernorm" | "post_attention_layernorm":
                 return torch.ones(self.shape(name))
-            case "q_proj" | "k_proj" | "v_proj" | "gate_proj" | "up_proj" if attribute == "weight":
-                return self._reader(name, f"{block}.{_NORM_BEFORE[layer]}")
             case "o_proj" | "down_proj":
                 return self._rotation.t() @ self._stored(name)
         return self._stored(name)

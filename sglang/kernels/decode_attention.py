@@ -217,22 +217,15 @@ def _decode_kernel(
     dtype = out_ptr.dtype.element_ty
     tile_dtype: tl.constexpr = tl.float16 if PAIRS else dtype
 
-    first_row, last_row, first_tile, end_tile, before, share, whole_rows = take_share(
-        lens_ptr,
-        num_rows,
-        num_shares,
-        WINDOW,
-        BLOCK_N,
-        MIN_TILES,
-        MAX_PARTS,
-        ROWS_PADDED,
-        BRANCH=PAIRS,
-    )
-    for i in tl.range(first_row, last_row + 1):
-        start, end, row_tiles, parts, first_program = row_part(
-            tl.load(lens_ptr + i), first_tile, end_tile, before, share, whole_rows, WINDOW, BLOCK_N
-        )
-        before += row_tiles
+    share = take_share(
+        lens_ptr, num_rows, num_shares,
+        WINDOW, BLOCK_N, MIN_TILES, MAX_PARTS, ROWS_PADDED, BRANCH=PAIRS,
+    )  # fmt: skip
+    before = share.before
+    for i in tl.range(share.first_row, share.last_row + 1):
+        kv_len = tl.load(lens_ptr + i)
+        start, end, tiles, parts, first_program = row_part(share, kv_len, before, WINDOW, BLOCK_N)
+        before += tiles
         at_row = tl.full([], i, tl.int64)
         q_at = q_ptr + at_row * q_stride + head[:, None] * D
         q_a = tl.load(q_at + a[None, :], mask=in_a, other=0.0).to(tile_dtype)

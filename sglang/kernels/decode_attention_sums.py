@@ -56,7 +56,7 @@ def _unpack(words, ASM: tl.constexpr):
     do_not_specialize_on_alignment=["rows_ptr", "lens_ptr"],
 )
 def decode_sums_kernel(
-    q_ptr,  # [n, H, D]
+    q_ptr,  # [n, HQ, D]
     k_ptr,  # int32, four elements each
     v_ptr,
     table_ptr,
@@ -65,7 +65,7 @@ def decode_sums_kernel(
     partial_ptr,  # as `part_buffers` says
     lse_ptr,
     ended_ptr,
-    out_ptr,  # [n, H, D] contiguous
+    out_ptr,  # [n, HQ, D] contiguous
     q_stride,
     kv_stride,  # of a slot, in both caches
     table_stride,
@@ -96,22 +96,15 @@ def decode_sums_kernel(
     k_base = k_ptr + head * W + w[None, None, :]
     v_base = v_ptr + head * W + w[None, None, :]
     dtype = out_ptr.dtype.element_ty
-    first_row, last_row, first_tile, end_tile, before, share, whole_rows = take_share(
-        lens_ptr,
-        num_rows,
-        num_shares,
-        WINDOW,
-        BLOCK_N,
-        MIN_TILES,
-        MAX_PARTS,
-        ROWS_PADDED,
-        BRANCH=True,
-    )
-    for i in tl.range(first_row, last_row + 1):
-        start, end, row_tiles, parts, first_program = row_part(
-            tl.load(lens_ptr + i), first_tile, end_tile, before, share, whole_rows, WINDOW, BLOCK_N
-        )
-        before += row_tiles
+    share = take_share(
+        lens_ptr, num_rows, num_shares,
+        WINDOW, BLOCK_N, MIN_TILES, MAX_PARTS, ROWS_PADDED, BRANCH=True,
+    )  # fmt: skip
+    before = share.before
+    for i in tl.range(share.first_row, share.last_row + 1):
+        kv_len = tl.load(lens_ptr + i)
+        start, end, tiles, parts, first_program = row_part(share, kv_len, before, WINDOW, BLOCK_N)
+        before += tiles
         at_row = tl.full([], i, tl.int64)
         q_at = q_ptr + at_row * q_stride + head * D + 4 * w
         q_0 = (tl.load(q_at).to(tl.float32) * scale_log2)[None, None, :]

@@ -10,6 +10,7 @@ program takes a row: SMs are not equally quick, and those that are take more row
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -59,6 +60,19 @@ def part_buffers(
     return partial, lse, counters(q.device, num_rows * heads)
 
 
+class Share(NamedTuple):
+    """Of a program. Tiles are numbered through the rows, from the first one on, or from the
+    program's first."""
+
+    first_row: tl.tensor
+    last_row: tl.tensor
+    first_tile: tl.tensor
+    end_tile: tl.tensor
+    before: tl.tensor  # tiles of the rows before the first
+    size: tl.tensor  # tiles of a share
+    is_row: tl.tensor  # it is a whole row instead
+
+
 @triton.jit
 def _rows_of(tiles, r, first_tile, end_tile):
     """First and last row that have some of these tiles, and the tiles of the rows before."""
@@ -78,9 +92,7 @@ def take_share(
     ROWS_PADDED: tl.constexpr,
     BRANCH: tl.constexpr,
 ):  # fmt: skip
-    """This program's first and last row, its first tile and the end of its tiles, numbered through
-    the rows from the first or this one, the tiles of the rows before, numbered so, the size of a
-    share, and whether it takes a whole row instead.
+    """This program's `Share`.
 
     BRANCH  around what a whole row does not need: quicker, if that does not make the compiler's
             code of the kernel around it worse, as it does with 16-bit caches
@@ -93,47 +105,43 @@ def take_share(
     tiles = tl.cdiv(seen_lens, BLOCK_N)
     total_tiles = tl.sum(tiles, 0)
     longest = tl.max(tiles, 0)
-    share = tl.maximum(tl.cdiv(total_tiles, num_shares), tl.cdiv(longest, MAX_PARTS - 1))
-    share = tl.maximum(share, MIN_TILES)
-    are_even = (4 * longest <= 5 * share) & (total_tiles >= 8 * num_rows)
-    whole_rows = are_even & (tl.num_programs(1) >= num_rows)
+    size = tl.maximum(tl.cdiv(total_tiles, num_shares), tl.cdiv(longest, MAX_PARTS - 1))
+    size = tl.maximum(size, MIN_TILES)
+    are_even = (4 * longest <= 5 * size) & (total_tiles >= 8 * num_rows)
+    is_row = are_even & (tl.num_programs(1) >= num_rows)
     if BRANCH:
         first_row = program
         last_row = tl.minimum(program, num_rows - 1)
         first_tile = 0
         end_tile = longest
         before = 0
-        if not whole_rows:
-            first_tile = program * share
-            end_tile = tl.minimum(first_tile + share, total_tiles)
+        if not is_row:
+            first_tile = program * size
+            end_tile = tl.minimum(first_tile + size, total_tiles)
             first_row, last_row, before = _rows_of(tiles, r, first_tile, end_tile)
     else:
-        first_tile = program * share
-        end_tile = tl.minimum(first_tile + share, total_tiles)
-        if whole_rows:
+        first_tile = program * size
+        end_tile = tl.minimum(first_tile + size, total_tiles)
+        if is_row:
             first_tile = tl.sum(tl.where(r < program, tiles, 0), 0)
             end_tile = tl.sum(tl.where(r <= program, tiles, 0), 0)
         first_row, last_row, before = _rows_of(tiles, r, first_tile, end_tile)
-    return first_row, last_row, first_tile, end_tile, before, share, whole_rows
+    return Share(first_row, last_row, first_tile, end_tile, before, size, is_row)
 
 
 @triton.jit
-def row_part(
-    kv_len, first_tile, end_tile, before, share, whole_rows,
-    WINDOW: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):  # fmt: skip
+def row_part(share, kv_len, before, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
     """Of a row, `before` which there are so many tiles: the tokens start..end-1 that this program
     has, the row's tiles, how many programs have parts of it, and the first of them."""
     first = 0
     if WINDOW > 0:
         first = tl.maximum(kv_len - WINDOW, 0)
     tiles = tl.cdiv(kv_len - first, BLOCK_N)
-    start = first + tl.maximum(first_tile - before, 0) * BLOCK_N
-    end = tl.minimum(first + (end_tile - before) * BLOCK_N, kv_len)
-    first_program = before // share
-    parts = (before + tiles - 1) // share - first_program + 1
-    parts = tl.where(tiles > 0, tl.where(whole_rows, 1, parts), 0)
+    start = first + tl.maximum(share.first_tile - before, 0) * BLOCK_N
+    end = tl.minimum(first + (share.end_tile - before) * BLOCK_N, kv_len)
+    first_program = before // share.size
+    parts = (before + tiles - 1) // share.size - first_program + 1
+    parts = tl.where(tiles > 0, tl.where(share.is_row, 1, parts), 0)
     return start, end, tiles, parts, first_program
 
 
@@ -153,8 +161,8 @@ def merge_parts(
     BLOCK_D: tl.constexpr,
     MAX_PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Count this program's part of a row, stored for the heads first..end-1 after `base_head`; if
-    it was the last one, merge all."""
+    """Count this program's part of a row (int64), stored for the heads first..end-1 after
+    `base_head`; if it was the last one, merge all."""
     tl.debug_barrier()  # the stores of all threads come before the count
     ended_at = ended_ptr + row * tl.num_programs(0) + tl.program_id(0)
     if tl.atomic_add(ended_at, 1, sem="acq_rel") == parts - 1:
@@ -173,5 +181,5 @@ def merge_parts(
             part = tl.load(tile, mask=tile_mask, other=0.0, cache_modifier=".cg")
             weight = tl.exp2(lse - tl.max(lse, 0))
             out = tl.sum(weight[:, None] * part, 0) / tl.sum(weight, 0)
-            out_at = out_ptr + (row.to(tl.int64) * HQ + head) * D + d
+            out_at = out_ptr + (row * HQ + head) * D + d
             tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=d < D)

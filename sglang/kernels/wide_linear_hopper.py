@@ -249,16 +249,15 @@ def _can_take(x: torch.Tensor, w: torch.Tensor, stores: int) -> bool:
     )
 
 
-def _num_tiles(num_tokens: int, rows: int, gated: bool) -> int:
-    """rows: of the weights."""
-    outputs, block_n = (rows // 2, HALF.value) if gated else (rows, 2 * HALF.value)
+def _num_tiles(num_tokens: int, outputs: int, gated: bool) -> int:
+    block_n = HALF.value if gated else 2 * HALF.value
     return triton.cdiv(num_tokens, BLOCK_M.value) * triton.cdiv(outputs, block_n)
 
 
 def _launch(x: torch.Tensor, w: torch.Tensor, gated: bool) -> torch.Tensor:
     num_tokens, outputs = len(x), len(w) // 2 if gated else len(w)
     out = torch.empty(num_tokens, outputs, dtype=x.dtype, device=x.device)
-    tiles = _num_tiles(num_tokens, len(w), gated)
+    tiles = _num_tiles(num_tokens, outputs, gated)
     _wide_kernel[(min(tiles, multiprocessors(x.device)),)](
         tiles_of(x, [BLOCK_M.value, STEP.value]),
         tiles_of(w, [HALF.value, STEP.value]),

@@ -30,6 +30,8 @@ class Kind:
     naive: Product
     rows: int
     """Of weights, for an output."""
+    least_steps: int
+    """Of 64 inputs."""
 
     def of(self, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         return getattr(hopper, self.kernel)(x, w)
@@ -39,8 +41,8 @@ class Kind:
         return self.naive(x.float(), w.float()).to(x.dtype)
 
 
-PLAIN = Kind("wide_linear_hopper", linear, F.linear, 1)
-GATED = Kind("gated_linear_hopper", gated_linear, gated_linear_naive, 2)
+PLAIN = Kind("wide_linear_hopper", linear, F.linear, 1, 8)
+GATED = Kind("gated_linear_hopper", gated_linear, gated_linear_naive, 2, 4)
 kinds = pytest.mark.parametrize("kind", [PLAIN, GATED], ids=["plain", "gated"])
 
 
@@ -57,7 +59,8 @@ def test_agrees_with_its_twin_and_with_itself(dtype: torch.dtype, kind: Kind) ->
     for _ in range(20):
         tokens = rng.choice([1, 63, 65, 127, 128, 129, 2049, rng.randint(1, 5000)])
         outputs = 32 * rng.choice([1, 3, 4, 5, 8, 9, 34, 344, rng.randint(1, 200)])
-        k = 64 * rng.choice([8, 9, 16, 64, rng.randint(8, 100)])
+        least = kind.least_steps
+        k = 64 * rng.choice([least, least + 1, 16, 64, rng.randint(least, 100)])
         x, w = inputs(tokens, k, dtype), randn(kind.rows * outputs, k, dtype=dtype)
         outs = [kind.of(x, w) for _ in range(3)]
         assert_close(outs[0], kind.expected(x, w))
@@ -120,8 +123,9 @@ def test_is_called_for_many_tokens_and_for_nothing_that_it_cannot_do(monkeypatch
         x = inputs(tokens, k, torch.float16)
         w = randn(kind.rows * outputs, k, dtype=torch.float16)
         assert was_called(kind, x, w, monkeypatch) == expected, (tokens, outputs, k)
-    x, w = inputs(2048, 512, torch.float32), randn(4096, 512, dtype=torch.float32)
-    for usable in (hopper.usable, hopper.usable_gated):
+    for kind, usable in ((PLAIN, hopper.usable), (GATED, hopper.usable_gated)):
+        k = 64 * kind.least_steps
+        x, w = inputs(2048, k, torch.float32), randn(4096, k, dtype=torch.float32)
         assert not usable(x, w)
         assert not usable(x.half(), w.bfloat16())
         assert not usable(x.half(), w.half().t().contiguous().t())
