@@ -1,6 +1,6 @@
-"""Products of a few tokens with a weight matrix, and what is around them in a decoder.
+"""Products of one token with a weight matrix, and what is around them in a decoder.
 
-With a token or a few, a layer's time is that of reading its weights, and of starting its kernels.
+With one token a layer's time is that of reading its weights, and of starting its kernels.
 So one kernel does residual addition, RMSNorm, product, bias and SwiGLU; and it asks for its weights
 before the kernel before it has ended (programmatic dependent launch). Each program holds all of its
 weights in registers: there is no loop, all its loads are under way at once.
@@ -18,8 +18,8 @@ import triton.language as tl
 from sglang.kernels.activation import silu_and_mul_naive
 from sglang.kernels.launch import launch_next, pdl, wait_for_previous
 
-MAX_TOKENS = 4
-"""With more, matrix multiplication on tensor cores is quicker."""
+MAX_TOKENS = 1
+"""Others would read the weights again, which tensor cores multiply with all of them at once."""
 
 
 def is_few(x: torch.Tensor) -> bool:
@@ -39,7 +39,7 @@ def fused_linear(
     """(act(rms_norm(x + residual) W^T + bias), x + residual), in x's dtype. Without `residual`
     nothing is added, without `norm` nothing is normed; act is SwiGLU if `gated`.
 
-    x         [T, K], T at most MAX_TOKENS on CUDA
+    x         [T, K], quick for T up to MAX_TOKENS
     weight    [N, K] contiguous
     bias      [N]
     residual  [T, K]

@@ -2,8 +2,9 @@
 
 One token is multiplied with nibbles as they are (int4_gemv.py). With more, the problem is
 transposed (out^T = W x^T) so that the dequantized weights are the tensor cores' register operand
-and never pass through shared memory: on Hopper by int4_hopper.py, elsewhere by the kernel here, and
-there many tokens have weights dequantized into scratch memory once, and cuBLAS does the rest.
+and never pass through shared memory: on Hopper by int4_hopper.py (by int4_few.py up to 16 tokens),
+elsewhere by the kernel here, and there many tokens have weights dequantized into scratch memory
+once, and cuBLAS does the rest.
 """
 
 from __future__ import annotations
@@ -31,9 +32,10 @@ from sglang.kernels.linear import linear
 from sglang.kernels.quant_split_k import split_k_workspace, sum_splits, tile_of
 
 try:
+    from sglang.kernels import int4_few as few
     from sglang.kernels import int4_hopper as hopper
 except ImportError:  # Triton without Gluon, or with an older one
-    hopper = None
+    few = hopper = None
 
 DOT_TOKENS = 512
 """With more, it is quicker to dequantize first."""
@@ -45,8 +47,8 @@ def int4_linear(x: torch.Tensor, w: Int4Weight, bias: torch.Tensor | None = None
         return int4_linear_naive(x, w, bias)
     if len(x) <= MAX_TOKENS:
         return int4_fused_linear_triton(x, w, bias)[0]
-    if hopper is not None and hopper.usable(x, w):
-        return hopper.int4_hopper_linear(x, w, bias)
+    if can_add(x, w):
+        return _on_hopper(x, w, bias)
     if len(x) > DOT_TOKENS:
         return linear(x, dequantize_int4_triton(w, x.dtype), bias)
     return int4_dot_triton(x, w, bias)
@@ -54,14 +56,21 @@ def int4_linear(x: torch.Tensor, w: Int4Weight, bias: torch.Tensor | None = None
 
 def can_add(x: torch.Tensor, w: Int4Weight) -> bool:
     """Whether `int4_added` is for these."""
-    return len(x) > MAX_TOKENS and hopper is not None and hopper.usable(x, w)
+    return len(x) > MAX_TOKENS and hopper is not None and (few.usable(x, w) or hopper.usable(x, w))
 
 
 def int4_added(
     x: torch.Tensor, w: Int4Weight, bias: torch.Tensor | None, added: torch.Tensor
 ) -> torch.Tensor:
     """added [T, N], contiguous, += x W^T + bias."""
-    return hopper.int4_hopper_linear(x, w, bias, added=added)
+    return _on_hopper(x, w, bias, added)
+
+
+def _on_hopper(
+    x: torch.Tensor, w: Int4Weight, bias: torch.Tensor | None, added: torch.Tensor | None = None
+) -> torch.Tensor:
+    product = few.int4_few_linear if few.usable(x, w) else hopper.int4_hopper_linear
+    return product(x, w, bias, added=added)
 
 
 def int4_linear_naive(

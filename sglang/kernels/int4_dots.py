@@ -34,7 +34,7 @@ from sglang.kernels.one_token import columns, on_diagonal
 #   $8, $9          the words
 #   $10, $11        inputs of the low nibbles of the bytes 0 2 and 1 3, and
 #   $12, $13        of the high ones
-_FLOAT16_ASM = tl.constexpr("""{
+FLOAT16_ASM = tl.constexpr("""{
 .reg .b32 a, b, c, d, s, t;
 shr.b32 s, $8, 8;
 shr.b32 t, $9, 8;
@@ -51,7 +51,7 @@ and.b32 d, t, 0x00f000f0;
 mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32
     {$4, $5, $6, $7}, {a, b, c, d}, {$12, $13}, {$18, $19, $20, $21};
 }""")
-_BFLOAT16_ASM = tl.constexpr("""{
+BFLOAT16_ASM = tl.constexpr("""{
 .reg .b32 a, b, c, d, k;
 mov.b32 k, 0x43004300;
 shr.b32 c, $8, 8;
@@ -73,7 +73,7 @@ lop3.b32 d, d, 0x000f000f, k, 0xea;
 mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32
     {$4, $5, $6, $7}, {a, b, c, d}, {$12, $13}, {$18, $19, $20, $21};
 }""")
-_CONSTRAINTS = tl.constexpr(",".join(["=&f"] * 8 + ["r"] * 6 + ["f"] * 8))
+CONSTRAINTS = tl.constexpr(",".join(["=&f"] * 8 + ["r"] * 6 + ["f"] * 8))
 
 
 @triton.jit
@@ -148,8 +148,8 @@ def _dots(first, second, x, DTYPE: tl.constexpr, TENSOR: tl.constexpr):
             low = (x[2 * i], x[2 * i + 1])
             high = (x[2 * i + 8], x[2 * i + 9])
             sums = tl.inline_asm_elementwise(
-                _FLOAT16_ASM if tl.float16 == DTYPE else _BFLOAT16_ASM,
-                _CONSTRAINTS,
+                FLOAT16_ASM if tl.float16 == DTYPE else BFLOAT16_ASM,
+                CONSTRAINTS,
                 (first[i], second[i]) + low + high + sums,  # noqa: RUF005 (for Triton)
                 dtype=(tl.float32,) * 8,
                 is_pure=False,

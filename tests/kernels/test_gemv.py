@@ -1,4 +1,4 @@
-"""Fused linear layers for a few tokens, against their naive twin."""
+"""Fused linear layers for one token, against their naive twin."""
 
 import random
 
@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from sglang.kernels.gemv import (
-    MAX_TOKENS,
     GemvConfig,
     fused_linear_naive,
     fused_linear_triton,
@@ -20,7 +19,7 @@ def test_fused_linear_agrees_with_its_twin(seed: int) -> None:
     rng = random.Random(seed)
     torch.manual_seed(seed)
     dtype = rng.choice(DTYPES)
-    tokens = rng.randint(0, MAX_TOKENS)
+    tokens = rng.randint(0, 3)
     outputs = rng.choice([2, 64, 130] if GPU else [2, 16, 34])
     inputs = rng.choice([64, 100, 1024, 3000])
     gated, biased, normed, added = (rng.random() < 0.5 for _ in range(4))

@@ -109,7 +109,9 @@ def test_a_captured_call_can_be_repeated() -> None:
 
 
 @on_hopper
-def test_is_called_for_more_than_one_token_and_for_nothing_that_it_cannot_do(monkeypatch) -> None:
+def test_is_called_for_more_than_a_few_tokens_and_for_nothing_that_it_cannot_do(
+    monkeypatch,
+) -> None:
     torch.manual_seed(0)
     calls = []
     kernel = hopper.int4_hopper_linear
@@ -124,10 +126,12 @@ def test_is_called_for_more_than_one_token_and_for_nothing_that_it_cannot_do(mon
         assert_close(int4.int4_linear(x, w), expected(x, w, None))
         return len(calls) > 0
 
-    assert was_called(2, 4096, 4096)
+    assert was_called(9, 4096, 4096)
+    assert was_called(2, 4096 + 8, 4096)
+    assert was_called(2, 4096, 4096, 64)
     assert was_called(256, 12288, 4096)
     assert was_called(2100, 4096, 4096)
-    assert not was_called(1, 4096, 4096)
+    assert not was_called(8, 4096, 4096)
     assert not was_called(1000, 4100, 4096)
     assert not was_called(1000, 4096, 4032, 64)
     assert not was_called(1000, 4096, 4096 + 128, 96)
