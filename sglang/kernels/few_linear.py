@@ -1,4 +1,4 @@
-"""Products of 5 to 16 tokens with a small weight matrix, and what is around them in a decoder.
+"""Products of 2 to 8 tokens with a small weight matrix, and what is around them in a decoder.
 
 As in gemv.py, one kernel does RMSNorm, product, bias and SwiGLU, or the addition to the residual
 stream, and it asks for its weights before the kernel before it has ended; this one multiplies on
@@ -14,8 +14,6 @@ loads 16 bytes of a row at once, 8 inputs, where a tensor core's operand has 2 o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -23,8 +21,8 @@ import triton.language as tl
 from sglang.kernels.gemv import fused_linear_naive
 from sglang.kernels.launch import launch_next, pdl, wait_for_previous
 
-MAX_TOKENS = 16
-"""Of 32, BLAS is as quick: here the tokens are read again by every program."""
+MAX_TOKENS = 8
+"""With more than its columns are, a tensor core has two turns, and every program reads them all."""
 MAX_WEIGHTS = 1 << 23
 """Kernels of more take longer than what this one saves between kernels (Llama 2 7B: no gain)."""
 MAX_INPUTS = 4096
@@ -73,22 +71,10 @@ def few_linear_naive(
     return out if added is None else out + added
 
 
-@dataclass(frozen=True)
-class FewConfig:
-    block_t: int
-    """Tokens of a program: 8 or more."""
-    num_warps: int
-
-
-def few_config(num_tokens: int, num_outputs: int, num_inputs: int, gated: bool) -> FewConfig:
-    """By Qwen3-0.6B's matrices on an H200. num_outputs: of each half if gated."""
-    narrow = num_outputs <= 2048
-    if num_tokens <= 8 or (narrow and num_inputs <= 2048 and not gated):
-        block_t = 8  # of 9 to 16 tokens too: else most multiprocessors would have no program
-    else:
-        block_t = 16
-    # Of many outputs, so that all programs fit on the GPU at once.
-    return FewConfig(block_t, num_warps=8 if narrow or gated else 4)
+def choose_warps(num_outputs: int, gated: bool) -> int:
+    """By Qwen3-0.6B's matrices on an H200: fewer for many outputs, so that all programs fit on the
+    GPU at once. num_outputs: of each half if gated."""
+    return 8 if num_outputs <= 2048 or gated else 4
 
 
 @triton.jit
@@ -263,16 +249,16 @@ def few_linear_triton(
     eps: float = 0.0,
     gated: bool = False,
     added: torch.Tensor | None = None,
-    config: FewConfig | None = None,
+    num_warps: int | None = None,
 ) -> torch.Tensor:
     num_tokens, num_inputs = x.shape
     num_outputs = weight.shape[0] // 2 if gated else weight.shape[0]
-    config = config or few_config(num_tokens, num_outputs, num_inputs, gated)
-    block_n = 16  # of each half if gated
+    num_warps = num_warps or choose_warps(num_outputs, gated)
+    block_n, block_t = 16, 8  # outputs of each half if gated
     out = torch.empty(num_tokens, num_outputs, dtype=x.dtype, device=x.device)
     if num_tokens == 0:
         return out
-    _few_kernel[triton.cdiv(num_outputs, block_n), triton.cdiv(num_tokens, config.block_t)](
+    _few_kernel[triton.cdiv(num_outputs, block_n), triton.cdiv(num_tokens, block_t)](
         x, norm, weight, bias, added, out,
         num_tokens, x.stride(0), 0 if added is None else added.stride(0), eps,
         N=num_outputs,
@@ -282,9 +268,9 @@ def few_linear_triton(
         ADDED=added is not None,
         GATED=gated,
         BLOCK_N=block_n,
-        BLOCK_T=config.block_t,
-        WARPS=config.num_warps,
-        num_warps=config.num_warps,
+        BLOCK_T=block_t,
+        WARPS=num_warps,
+        num_warps=num_warps,
         **pdl(x.device),
     )  # fmt: skip
     return out

@@ -2,9 +2,9 @@
 
 One token is multiplied with nibbles as they are (int4_gemv.py). With more, the problem is
 transposed (out^T = W x^T) so that the dequantized weights are the tensor cores' register operand
-and never pass through shared memory: on Hopper by int4_hopper.py (by int4_few.py up to 16 tokens),
-elsewhere by the kernel here, and there many tokens have weights dequantized into scratch memory
-once, and cuBLAS does the rest.
+and never pass through shared memory: on Hopper by int4_hopper.py (two to eight tokens by
+int4_few.py), elsewhere by the kernel here, and there many tokens have weights dequantized into
+scratch memory once, and cuBLAS does the rest.
 """
 
 from __future__ import annotations
