@@ -31,7 +31,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for tests.reference
 from engines import ENGINES, Engine, make_engine
 from models import CONFIGS, DEMO
-from peers import LESS_IS_BETTER, UNITS, references
+from peers import UNITS, references, times_the_best
 
 WORKLOADS = ("bs1", "ttft", "offline256", "prefix256", "prefill256x1024", "short1024")
 ENOUGH_SECONDS = 25.0
@@ -144,7 +144,7 @@ class Figures:
 
 def table(ours: str, figures: dict[str, float], others: dict[str, dict[str, float]]) -> str:
     """In Markdown; `others` by engine, with how far ahead of the best of them we are."""
-    peers = {name: values for name, values in others.items() if name != "floor"}
+    peers = [values for name, values in others.items() if name != "floor"]
     head = ["workload", ours, *others, *(["ahead of the best"] if peers else [])]
     lines = [head, ["---"] * len(head)]
     for name, value in figures.items():
@@ -152,7 +152,8 @@ def table(ours: str, figures: dict[str, float], others: dict[str, dict[str, floa
         cells = [f"{name} {unit}", _number(value)]
         cells += [_number(values.get(name)) for values in others.values()]
         if peers:
-            cells.append(_ahead(value, [p[name] for p in peers.values() if name in p], unit))
+            ratio = times_the_best(name, value, peers)
+            cells.append("" if ratio is None else f"{ratio:.2f}x")
         lines.append(cells)
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -161,13 +162,6 @@ def _number(value: float | None) -> str:
     if value is None:
         return ""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _ahead(value: float, peers: list[float], unit: str) -> str:
-    if not peers:
-        return ""
-    ratio = min(peers) / value if unit in LESS_IS_BETTER else value / max(peers)
-    return f"{ratio:.2f}x"
 
 
 def parse_args() -> tuple[argparse.Namespace, list[str]]:

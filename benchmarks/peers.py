@@ -1,4 +1,7 @@
 """What other engines make of the workloads in benchmarks/offline.py, to stand beside our figures.
+A picture of both, from files that offline.py --json has written:
+
+    python benchmarks/peers.py h200 qwen3-0.6b.json llama2-7b.json --plot docs/h200.svg
 
 Measured in November 2026 with the same prompts, on one GPU: random weights; Qwen in bfloat16, Llama
 in float16 (mini-sglang: bfloat16). "floor" is no measurement but arithmetic: the bytes and FLOPs of
@@ -9,6 +12,10 @@ vLLM is 0.24.0, SGLang 0.5.16, mini-sglang of March 2026.
 """
 
 from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
 
 UNITS = {
     "startup": "s",
@@ -78,3 +85,59 @@ def references(machine: str, model: str) -> dict[str, dict[str, float]]:
     if engine and engine not in known:
         raise ValueError(f"no figures of {engine} for {model}; there are: {', '.join(known)}")
     return {engine: known[engine]} if engine else known
+
+
+def times_the_best(workload: str, ours: float, peers: list[dict[str, float]]) -> float | None:
+    """How many times as fast we are as the best of them. None: they did not run it."""
+    theirs = [figures[workload] for figures in peers if workload in figures]
+    if not theirs:
+        return None
+    return min(theirs) / ours if UNITS[workload] in LESS_IS_BETTER else ours / max(theirs)
+
+
+def plot(ratios: dict[str, dict[str, float]], title: str, path: str) -> None:
+    """{model: {workload: ratio}}"""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    pyplot.rcParams["svg.fonttype"] = "none"
+    workloads = [name for name in UNITS if any(name in of_model for of_model in ratios.values())]
+    figure, axes = pyplot.subplots(figsize=(10, 3.8))
+    width = 0.8 / len(ratios)
+    for i, (model, of_model) in enumerate(ratios.items()):
+        at = [x + (i - (len(ratios) - 1) / 2) * width for x in range(len(workloads))]
+        heights = [of_model.get(name, float("nan")) for name in workloads]
+        bars = axes.bar(at, heights, width, label=model)
+        axes.bar_label(bars, fmt="%.2f", fontsize=7, padding=1)
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.set(ylabel="times as fast as the best peer", title=title)
+    axes.set_xticks(range(len(workloads)), workloads)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("machine", choices=REFERENCES)
+    parser.add_argument("figures", nargs="+", type=Path, help="of one model each")
+    parser.add_argument("--plot", required=True, help="draw them into this file")
+    args = parser.parse_args()
+    ratios = {}
+    for path in args.figures:
+        record = json.loads(path.read_text())
+        others = references(args.machine, record["model"])
+        peers = [figures for name, figures in others.items() if name != "floor"]
+        ratios[record["model"]] = {
+            name: ratio
+            for name, values in record["runs"].items()
+            if (ratio := times_the_best(name, values[-1], peers)) is not None
+        }
+    plot(ratios, f"One {args.machine.upper()}, random weights", args.plot)
+
+
+if __name__ == "__main__":
+    main()
