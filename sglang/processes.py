@@ -5,15 +5,16 @@
 
 A child's standard input brings it what to run; through a pipe it reports the exception that ended
 it. That pipe closes with the child however it ends, so the supervisor waits for nothing else. Once
-it is ready, a child sends a heartbeat through it too: one that is stopped or stuck is noticed. A
-child does not import the caller's script (multiprocessing's spawn would), so an LLM works in
-scripts without a `__main__` guard, in notebooks and on a pipe.
+it is ready, a child sends a heartbeat through it too: one that is stopped, or never lets go of
+Python's lock, is noticed. A child does not import the caller's script (multiprocessing's spawn
+would), so an LLM works in scripts without a `__main__` guard, in notebooks and on a pipe.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import gc
 import importlib
 import logging
@@ -354,7 +355,8 @@ class EngineProcesses:
         on_death: Callable[[Death], None],
         detokenizer: bool = True,
     ) -> None:
-        self.addresses = Addresses(_make_folder())
+        folder, self._folder_lock = _make_folder()
+        self.addresses = Addresses(folder)
         shared = (args, model, self.addresses)
         children = [  # the slowest to get ready first
             Child(f"model worker {rank}", "sglang.worker.worker:run_worker", (*shared, rank))
@@ -365,7 +367,7 @@ class EngineProcesses:
             target = "sglang.server.detokenizer:run_detokenizer"
             children.append(Child("detokenizer", target, shared))
         self._supervisor = Supervisor(children, on_death, args.log_level)
-        self._remove_folder = _Once(lambda: shutil.rmtree(self.addresses.folder, True))
+        self._remove_folder = _Once(self._leave_folder)
 
     def start(self) -> None:
         try:
@@ -382,6 +384,10 @@ class EngineProcesses:
         self._supervisor.stop()
         self._remove_folder()
 
+    def _leave_folder(self) -> None:
+        shutil.rmtree(self.addresses.folder, ignore_errors=True)
+        os.close(self._folder_lock)
+
 
 class _Once:
     def __init__(self, action: Callable[[], None]) -> None:
@@ -396,24 +402,32 @@ class _Once:
 PREFIX = "nano-sglang-"
 
 
-def _make_folder() -> str:
-    """Readable by this user alone, and named after this process: what a killed server left behind
-    is removed here."""
+def _make_folder() -> tuple[str, int]:
+    """(a folder readable by this user alone, the descriptor that locks it). Folders that nobody
+    locks are what killed servers left behind, and are removed here. (A process number would not
+    tell: containers that share /tmp have numbers of their own.)"""
     root = tempfile.gettempdir()
     if len(root) > 60:  # a socket's path must fit 107 bytes
         root = "/tmp"
     for name in os.listdir(root):
-        pid = name[len(PREFIX) :].split("-")[0] if name.startswith(PREFIX) else ""
-        if pid.isdigit() and not _is_running(int(pid)):
+        if name.startswith(PREFIX) and (lock := _lock(os.path.join(root, name))) is not None:
             shutil.rmtree(os.path.join(root, name), ignore_errors=True)
-    return tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=root)
+            os.close(lock)
+    while True:
+        folder = tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=root)
+        if (lock := _lock(folder)) is not None:  # else another server has just removed it
+            return folder, lock
 
 
-def _is_running(pid: int) -> bool:
+def _lock(folder: str) -> int | None:
+    """The descriptor that holds the lock as long as it is open; None if it cannot be had."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    return descriptor

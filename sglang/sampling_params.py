@@ -9,6 +9,8 @@ from typing import Any, NoReturn
 import msgspec
 
 MAX_STOP_STRINGS = 16
+MAX_STOP_TOKEN_IDS = 256
+"""As many columns has a table of all rows, which the router compares every step with."""
 MAX_TOP_LOGPROBS = 20
 
 
@@ -85,8 +87,8 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
             self._refuse("temperature", "a finite number >= 0")
         if not 0.0 < self.top_p <= 1.0:
             self._refuse("top_p", "in (0, 1]")
-        if self.top_k < -1:
-            self._refuse("top_k", "-1 (all tokens) or >= 0")
+        if not -1 <= self.top_k < 2**31:
+            self._refuse("top_k", "-1 (all tokens), or >= 0 and of 32 bits")
         if not 0.0 <= self.min_p <= 1.0:
             self._refuse("min_p", "in [0, 1]")
         if not -2.0 <= self.frequency_penalty <= 2.0:
@@ -102,6 +104,9 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
                 raise ValueError(f"logit_bias token ids must be in [0, {vocab_size}), got {token}")
             if not -100.0 <= bias <= 100.0:
                 raise ValueError(f"logit_bias values must be in [-100, 100], got {bias}")
+        if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
+            count = len(self.stop_token_ids)
+            raise ValueError(f"stop_token_ids takes at most {MAX_STOP_TOKEN_IDS}, got {count}")
         for token in self.stop_token_ids:
             if not 0 <= token < vocab_size:
                 raise ValueError(f"stop_token_ids must be in [0, {vocab_size}), got {token}")

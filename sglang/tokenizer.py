@@ -48,9 +48,9 @@ class Tokenizer:
         backend.no_padding()
         self._backend = backend
         added = backend.get_added_tokens_decoder()
-        self._special = frozenset(id for id, token in added.items() if token.special)
+        special = frozenset(id for id, token in added.items() if token.special)
         self._bytes = _token_bytes(backend)
-        self._shown = None if self._bytes is None else _WithoutSpecial(self._bytes, self._special)
+        self._shown = None if self._bytes is None else _WithoutSpecial(self._bytes, special)
         self._templates = {
             name: ChatTemplate(text, special_tokens or {})
             for name, text in (chat_templates or {}).items()
@@ -100,9 +100,6 @@ class Tokenizer:
     def to_json(self) -> str:
         """In the format of tokenizer.json."""
         return self._backend.to_str()
-
-    def is_special(self, id: int) -> bool:
-        return id in self._special
 
     def token_bytes(self, id: int) -> bytes:
         """What the token adds to the text; possibly a part of a character."""

@@ -79,8 +79,9 @@ def _yarn(
     magnitude = scaling.get("attention_factor")
     if magnitude is None:
         mscale, all_dim = scaling.get("mscale"), scaling.get("mscale_all_dim")
-        magnitude = _sharpness(factor, mscale or 1.0)
-        magnitude = magnitude / _sharpness(factor, all_dim) if mscale and all_dim else magnitude
+        magnitude = _sharpness(factor, 1.0)
+        if mscale and all_dim:
+            magnitude = _sharpness(factor, mscale) / _sharpness(factor, all_dim)
     return frequencies, magnitude
 
 

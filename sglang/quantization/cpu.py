@@ -38,7 +38,8 @@ class CPULinear:
             layer.blocks = cpu.pack_blocks(*stored, bits)
         dtype = layer.dtype
         layer.compute_dtype = dtype
-        if dtype == torch.bfloat16 and not has_bfloat16_units():
+        on_cpu = layer.device.type == "cpu"  # 8-bit GPTQ is dequantized on a GPU, too
+        if on_cpu and dtype == torch.bfloat16 and not has_bfloat16_units():
             layer.compute_dtype = torch.float32
         weight = layer.weight.to(layer.compute_dtype)
         layer.weight = nn.Parameter(weight, requires_grad=False)

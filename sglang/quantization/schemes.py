@@ -38,8 +38,6 @@ class Scheme:
     """To be added to the zero points that are stored."""
     per_tensor: bool = False
     """One scale for all outputs."""
-    static_input: bool = False
-    """A scale for the activations is stored."""
     ignored: tuple[str, ...] = ()
     """Layers in floating point: names, parts of names, or "re:" and a pattern."""
 
@@ -110,8 +108,7 @@ def _fp8(config: dict[str, Any]) -> Scheme:
     if config.get("weight_block_size"):
         raise _unsupported("fp8 with scales for blocks")
     ignored = config.get("ignored_layers") or config.get("modules_to_not_convert") or ()
-    static = config.get("activation_scheme", "dynamic") == "static"
-    return Scheme("fp8", "fp8", per_tensor=True, static_input=static, ignored=tuple(ignored))
+    return Scheme("fp8", "fp8", per_tensor=True, ignored=tuple(ignored))
 
 
 def _compressed_tensors(config: dict[str, Any]) -> Scheme:
@@ -146,7 +143,5 @@ def _compressed_tensors(config: dict[str, Any]) -> Scheme:
         raise _unsupported(f"{found}, with activations {inputs and inputs.get('type')}")
     if not weights.get("symmetric", True) or not inputs.get("symmetric", True):
         raise _unsupported(f"{found}, asymmetric")
-    return Scheme(
-        "compressed-tensors", kind, per_tensor=strategy == "tensor",
-        static_input=not inputs.get("dynamic"), ignored=ignored,
-    )  # fmt: skip
+    per_tensor = strategy == "tensor"
+    return Scheme("compressed-tensors", kind, per_tensor=per_tensor, ignored=ignored)

@@ -44,7 +44,8 @@ class ConstrainedRows:
         token = self._tokens.pop(request)
         rows.unread[row] = False
         known = int(rows.known[row])
-        jumps = request.top_logprobs < 0  # forced tokens have no logprobs
+        # Forced tokens have no logprobs, and penalties would not count them.
+        jumps = request.top_logprobs < 0 and not request.has_penalties
         forced = grammar.accept(token, int(rows.limit[row]) - known if jumps else 0)
         stop = next((token for token in forced if token in request.stop_tokens), None)
         if stop is not None:

@@ -73,30 +73,33 @@ class Request:
             return self.tokens[: max(self.prompt_logprobs_from - 1, 0)]
         return self.tokens[:-1]
 
+    @property
+    def has_penalties(self) -> bool:
+        params = self.params
+        penalties = params.frequency_penalty, params.presence_penalty, params.repetition_penalty
+        return penalties != (0.0, 0.0, 1.0)
+
     def row_spec(self) -> RowSpec:
         """What the workers must know of it as it takes its row."""
         params = self.params
         suppress_until = self.prompt_len + params.min_new_tokens if params.min_new_tokens else 0
-        has_penalties = (
-            params.frequency_penalty, params.presence_penalty, params.repetition_penalty
-        ) != (0.0, 0.0, 1.0)  # fmt: skip
         return RowSpec(
             row=self.row,
             cached_len=self.cached,
             seed=self.seed,
-            temperature=params.temperature,
+            temperature=_as_float32(params.temperature),
             top_p=params.top_p,
             top_k=max(params.top_k, 0),
             min_p=params.min_p,
             frequency_penalty=params.frequency_penalty,
             presence_penalty=params.presence_penalty,
-            repetition_penalty=params.repetition_penalty,
+            repetition_penalty=max(params.repetition_penalty, 1e-6),
             logit_bias=params.logit_bias,
             suppress_until=suppress_until,
             suppress=self.stop_tokens if suppress_until else [],
             top_logprobs=self.top_logprobs,
             prompt_len=self.prompt_len,
-            history=pack(self.tokens) if has_penalties else b"",
+            history=pack(self.tokens) if self.has_penalties else b"",
             prompt_logprobs_from=self.prompt_logprobs_from if self.scores_prompt else -1,
             prompt=pack(self.tokens[: self.prompt_len]) if self.scores_prompt else b"",
             pooling=self.pooling,
@@ -104,6 +107,11 @@ class Request:
 
     def __repr__(self) -> str:
         return f"Request({self.handle}, prompt {self.prompt_len}, limit {self.limit})"
+
+
+def _as_float32(temperature: float) -> float:
+    """So that logits over it are numbers: next to 0 is greedy, and large ones are all alike."""
+    return 0.0 if temperature < 1e-6 else min(temperature, 1e6)
 
 
 class Rows:

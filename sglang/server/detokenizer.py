@@ -98,6 +98,26 @@ class _Stream:
         if tokenizer is not None and self.ids is None:
             self.decoder = tokenizer.stream(opened.skip_special_tokens)
 
+    def read(self, tokens: list[int], ends: bool) -> tuple[str, str | None, int]:
+        """(text that may be shown now, the stop string found or None, the tokens it took to find
+        it). Where there are stop strings a token is read at a time: how many come together depends
+        on how busy this process is, and nothing in a reply may."""
+        if self.decoder is None:
+            return "", None, len(tokens)
+        if self.stops is None:
+            text = self.decoder.push(tokens)
+            return text + self.decoder.finish() if ends else text, None, len(tokens)
+        text, matched = "", None
+        for count, token in enumerate(tokens, 1):
+            piece, matched = self.stops.push(self.decoder.push([token]))
+            text += piece
+            if matched is not None:
+                return text, matched, count
+        if ends:
+            piece, matched = self.stops.push(self.decoder.finish())
+            text += piece if matched is not None else piece + self.stops.finish()
+        return text, matched, len(tokens)
+
 
 class Detokenizer:
     """Holds the open streams. No I/O. `tokenizer` None: replies have token ids and no text.
@@ -160,7 +180,6 @@ class Detokenizer:
     ) -> StreamDelta | None:
         """A stream's new tokens, and its end if the router has ended it."""
         opened = stream.opened
-        stream.num_tokens += len(tokens)
         # The stop token itself is no text, unless asked for.
         hidden = finished is not None and finished.matched_token is not None
         shown = tokens[:-1] if hidden and not opened.no_stop_trim else tokens
@@ -174,13 +193,11 @@ class Detokenizer:
                 text = self._tokenizer.decode(stream.ids + shown, opened.skip_special_tokens)
             tokens = stream.ids + tokens
         else:
-            text = stream.decoder.push(shown) if stream.decoder is not None else ""
-            if finished is not None and stream.decoder is not None:
-                text += stream.decoder.finish()
-            if stream.stops is not None:
-                text, matched = stream.stops.push(text)
-                if finished is not None and matched is None:
-                    text += stream.stops.finish()
+            text, matched, num_read = stream.read(shown, ends=finished is not None)
+            if matched is not None:
+                tokens = tokens[:num_read]
+                del stream.logprobs[num_read:]
+        stream.num_tokens += len(tokens)
 
         delta = StreamDelta(opened.handle, text, pack(tokens), None, stream.logprobs)
         stream.logprobs = []

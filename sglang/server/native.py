@@ -79,7 +79,7 @@ class GenerateBody(BaseModel):
 
     return_logprob: bool | None = None
     top_logprobs_num: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
-    logprob_start_len: int | None = Field(None, ge=-1)
+    logprob_start_len: int | None = Field(None, ge=-1, lt=2**31)
     """With `return_logprob`: prompt tokens from here on have theirs too; -1: none has."""
     return_text_in_logprobs: bool | None = None
 

@@ -39,6 +39,8 @@ TABLE = [
     (c(temperature=None, top_p=0), "top_p", "(0, 1]"),
     (c(top_p=1.01), "top_p", "(0, 1]"),
     (c(top_k=-2), "top_k", ">= 0"),
+    (c(top_k=2**31), "top_k", "32 bits"),
+    (c(top_k=2**64), "top_k", "32 bits"),
     (c(min_p=2), "min_p", "[0, 1]"),
     (c(frequency_penalty=3), "frequency_penalty", "[-2, 2]"),
     (c(presence_penalty=-3), "presence_penalty", "[-2, 2]"),
@@ -55,6 +57,7 @@ TABLE = [
     (c(stop=[str(i) for i in range(17)]), "stop", "16"),
     (c(stop_token_ids=[49152]), "stop_token_ids", "[0, 49152)"),
     (c(stop_token_ids=["a"]), "stop_token_ids", "integer"),
+    (c(stop_token_ids=[5] * 257), "stop_token_ids", "256"),
     (c(logit_bias={"x": 1}), "logit_bias", "token ids"),
     (c(logit_bias={"5": 101}), "logit_bias", "[-100, 100]"),
     (c(logit_bias={"99999": 1}), "logit_bias", "[0, 49152)"),
@@ -202,6 +205,35 @@ def test_unknown_routes_methods_and_models_are_errors_of_the_same_shape(server: 
     check_error(server.get(COMPLETIONS), 405, None, "GET")
     check_error(server.post(COMPLETIONS, {"prompt": "a", "model": "gpt-9"}), 404, "model", "gpt-9")
     check_error(server.post(CHAT, {"messages": HI, "model": "gpt-9"}), 404, "model", "gpt-9")
+
+
+def test_numbers_at_the_ends_of_what_is_allowed_are_served(server: Server):
+    def text(**params: Any) -> str:
+        params = {"max_new_tokens": 6, "temperature": 0, **params}
+        return server.generate(text="The capital of France is", sampling_params=params)["text"]
+
+    greedy = text()
+    for params in (
+        *({"temperature": t} for t in (1e-300, 1e-45, 1e-39, 1e-7)),
+        *({"temperature": 1, name: 1e-300} for name in ("top_p",)),
+        {"temperature": 1, "min_p": 1},
+        {"temperature": 1, "top_k": 1},
+        {"temperature": 1e300, "top_k": 1},
+        *({"seed": seed} for seed in (-(2**63), 2**63 - 1)),
+        {"top_k": 2**31 - 1},
+        {"repetition_penalty": 1 + 1e-300},
+        {"frequency_penalty": 1e-300},
+    ):
+        assert text(**params) == greedy, params
+    for params in (
+        *({"temperature": t} for t in (1e30, 1e39, 1e300)),
+        *({"repetition_penalty": r} for r in (1e-300, 1e-45, 1e-39, 2)),
+        {"frequency_penalty": -2, "presence_penalty": 2},
+        {"logit_bias": {"5": 100, "6": -100}},
+        {"stop_token_ids": [5] * 256},
+        {"temperature": 1, "min_p": 1e-300},
+    ):
+        text(**params)
 
 
 def test_nan_is_no_number(server: Server):

@@ -48,6 +48,15 @@ def test_a_json_schema_is_obeyed_at_any_temperature_and_forced_tokens_are_prefil
     assert server.stats()["forced_tokens"] > before
 
 
+def test_penalties_count_what_a_grammar_leaves_no_choice_about(server):
+    before = server.stats()["forced_tokens"]
+    params = {"json_schema": PERSON, "max_new_tokens": 60, "temperature": 0}
+    server.generate(text="A person:", sampling_params={**params, "frequency_penalty": 0.5})
+    assert server.stats()["forced_tokens"] == before, "each is drawn, and so counted"
+    server.generate(text="A person:", sampling_params=params)
+    assert server.stats()["forced_tokens"] > before
+
+
 def test_regex_and_ebnf_are_obeyed_beside_unconstrained_prompts(server):
     def params(**grammar):
         return {"temperature": 1.0, "max_new_tokens": 24, **grammar}

@@ -25,6 +25,24 @@ ARCHITECTURES = {
             }
         },
     ),
+    "yarn rope, one mscale": (
+        "Qwen2",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "mscale": 2.0,
+                "original_max_position_embeddings": 64,
+            }
+        },
+    ),
+    "yarn rope, both mscales": (
+        "Qwen2",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "mscale": 2.0,
+                "mscale_all_dim": 0.5, "original_max_position_embeddings": 64,
+            }
+        },
+    ),
     "mistral, window": ("Mistral", {"sliding_window": 9}),
     "mistral, no window": ("Mistral", {"sliding_window": None}),
     "qwen2": ("Qwen2", {}),

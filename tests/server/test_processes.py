@@ -7,12 +7,13 @@ import queue
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
 
-from sglang.processes import Child, Death, Supervisor
+from sglang.processes import PREFIX, Child, Death, Supervisor, _make_folder
 
 pytestmark = pytest.mark.alone
 CHILDREN = "tests.server.children"
@@ -156,3 +157,17 @@ def test_a_child_that_computes_without_a_beat_is_given_longer(supervise, monkeyp
     monkeypatch.setattr("sglang.processes.BUSY_SECONDS", 2.5)
     _, deaths = supervise(("hold_the_interpreter_lock", 10.0))
     assert deaths.get(timeout=15).message == "child 0 hangs: no sign of life"
+
+
+def test_folders_of_killed_servers_are_removed_and_no_others(monkeypatch):
+    with tempfile.TemporaryDirectory(dir="/tmp") as root:
+        monkeypatch.setattr("tempfile.tempdir", root)
+        first, lock = _make_folder()
+        for name in (f"{PREFIX}{os.getpid()}-dead", "other"):  # whoever has the dead one's number
+            os.mkdir(os.path.join(root, name))
+        second, second_lock = _make_folder()
+        assert {os.path.join(root, n) for n in os.listdir(root)} == {
+            first, second, os.path.join(root, "other")
+        }  # fmt: skip
+        os.close(lock)
+        os.close(second_lock)

@@ -83,28 +83,33 @@ def test_joined_deltas_are_the_text_up_to_the_stop_for_any_tokens_stops_and_step
     shown = ids[:-1] if ends_on_token and not keep else ids
     text, stop = expected(tokenizer.decode(shown), stops, keep)
 
-    detokenizer, said, taken, end = Detokenizer(tokenizer, lazy), "", [], None
-    borders = [0, *sorted({c for c in cuts if 0 < c < len(ids)}), len(ids)]
-    for start, after in pairwise(borders):
-        chunk = ids[start:after]
-        batch = TokenBatch(pack([7] * len(chunk)), pack(chunk))
-        if start == 0:
-            batch.opened = [opened(7, stops, no_stop_trim=keep)]
-        if after == len(ids):
-            reason = "stop" if ends_on_token else "length"
-            batch.finished = [StreamFinished(7, reason, matched_token)]
-        deltas, ended = detokenizer.step(batch)
-        for delta in deltas:
-            assert end is None, "something after the end"
-            said, end = said + delta.text, delta.end
-            taken += unpack(delta.token_ids).tolist()
-            assert text.startswith(said), "a stop string, or half a character, leaked"
-        if end is not None:
-            assert ended == ([7] if after < len(ids) else [])
-            break
-    assert said == text and taken == ids[: len(taken)]
-    assert end is not None and end.completion_tokens == len(taken)
-    assert end.matched == (stop if stop is not None else matched_token)
+    def tokens_of_reply(borders: list[int]) -> list[int]:
+        detokenizer, said, taken, end = Detokenizer(tokenizer, lazy), "", [], None
+        for start, after in pairwise(borders):
+            chunk = ids[start:after]
+            batch = TokenBatch(pack([7] * len(chunk)), pack(chunk))
+            if start == 0:
+                batch.opened = [opened(7, stops, no_stop_trim=keep)]
+            if after == len(ids):
+                reason = "stop" if ends_on_token else "length"
+                batch.finished = [StreamFinished(7, reason, matched_token)]
+            deltas, ended = detokenizer.step(batch)
+            for delta in deltas:
+                assert end is None, "something after the end"
+                said, end = said + delta.text, delta.end
+                taken += unpack(delta.token_ids).tolist()
+                assert text.startswith(said), "a stop string, or half a character, leaked"
+            if end is not None:
+                assert ended == ([7] if after < len(ids) else [])
+                break
+        assert said == text and taken == ids[: len(taken)]
+        assert end is not None and end.completion_tokens == len(taken)
+        assert end.matched == (stop if stop is not None else matched_token)
+        return taken
+
+    together = tokens_of_reply([0, *sorted({c for c in cuts if 0 < c < len(ids)}), len(ids)])
+    alone = tokens_of_reply(list(range(len(ids) + 1)))
+    assert together == alone
 
 
 class Letters:
@@ -160,6 +165,16 @@ def test_a_stream_ends_on_a_stop_string_though_the_router_goes_on(lazy):
     assert (end.reason, end.matched, end.completion_tokens) == ("stop", "STOP", 8)
     assert sum(d.end is not None for d in deltas) == 1
     assert b"".join(d.token_ids for d in deltas) == pack([ord(c) for c in "say STOP"])
+
+
+def test_a_reply_has_no_tokens_behind_its_stop_string_however_many_come_at_once():
+    text = "say STOP now"
+    batch = TokenBatch(pack([7] * len(text)), pack([ord(c) for c in text]), [opened(7, ["STOP"])])
+    batch.logprobs = {i: TokenLogprob(-float(i), [], []) for i in range(len(text))}
+    (delta,), stopped = Detokenizer(Letters()).step(batch)
+    assert (delta.text, delta.end.completion_tokens, stopped) == ("say ", 8, [7])
+    assert unpack(delta.token_ids).tolist() == [ord(c) for c in "say STOP"]
+    assert [p.logprob for p in delta.logprobs] == [-float(i) for i in range(8)]
 
 
 @pytest.mark.parametrize("lazy", [False, True])
