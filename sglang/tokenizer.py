@@ -81,7 +81,9 @@ class Tokenizer:
         tokens that are spelled out in the text are recognised in any case. Raises ValueError for
         text that is no Unicode (a surrogate without its partner, which JSON can smuggle in)."""
         try:
-            return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+            # Unlike `encode`, it lets other threads run meanwhile.
+            encoded = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+            return encoded[0].ids
         except (TypeError, UnicodeEncodeError):
             raise ValueError("the text is not valid Unicode") from None
 

@@ -1,6 +1,8 @@
 """Text and token ids: whatever comes in deltas is what comes at once."""
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from itertools import pairwise
 
@@ -267,3 +269,17 @@ def test_unknown_gguf_tokenizers_are_named():
     metadata = gguf_metadata(byte_level(), "gpt2", pre="strange")
     with pytest.raises(ValueError, match="pre-tokenizer strange is not supported"):
         build_tokenizer(metadata)
+
+
+def test_a_long_text_is_tokenized_beside_what_else_goes_on():
+    tokenizer = KINDS["byte_level"]
+    text = "The quick brown fox jumps over the lazy dog. " * 50_000
+    with ThreadPoolExecutor(1) as pool:
+        asked = last = time.monotonic()
+        tokenized, longest = pool.submit(tokenizer.encode, text), 0.0
+        while not tokenized.done():
+            time.sleep(0.001)
+            now = time.monotonic()
+            longest, last = max(longest, now - last), now
+        took = time.monotonic() - asked
+    assert longest < 0.5 * took, "it held Python's lock"

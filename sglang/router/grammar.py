@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sglang.json_schema import without_other_formats
 from sglang.messages import GenerateRequest
 from sglang.sampling_params import SamplingParams
 
@@ -94,7 +95,8 @@ def _compilable(kind: str, text: str) -> str:
             overrides: Any = {
                 "whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "
             }  # fmt: skip
-            return LLMatcher.grammar_from_json_schema(json.loads(text), overrides=overrides)
+            schema = without_other_formats(json.loads(text))
+            return LLMatcher.grammar_from_json_schema(schema, overrides=overrides)
         case _:
             return LLMatcher.grammar_from_lark(any_to_lark(text))
 

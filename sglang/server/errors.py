@@ -45,6 +45,7 @@ def bad_value(error: ValueError, names: dict[str, str] | None = None) -> ApiErro
 def error_body(
     message: str, status: int, param: str | None = None, code: str | None = None
 ) -> dict[str, Any]:
+    message = message.encode(errors="replace").decode()  # it may quote half a surrogate pair
     kind = "invalid_request_error" if status < 500 else "server_error"
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 

@@ -87,6 +87,7 @@ class GenerateBody(BaseModel):
     image_data: Unsupported = None
     lora_path: Unsupported = None
     custom_logit_processor: Unsupported = None
+    token_ids_logprob: Unsupported = None
 
 
 class TokenizeBody(BaseModel):
@@ -98,14 +99,14 @@ class TokenizeBody(BaseModel):
 
     text: str | None = None
     prompt: str | None = None
-    add_special_tokens: bool = True
+    add_special_tokens: bool | None = None
 
 
 class DetokenizeBody(BaseModel):
     model_config = ConfigDict(strict=True)
 
     tokens: TokenIds
-    skip_special_tokens: bool = False
+    skip_special_tokens: bool | None = None
 
 
 class Tokens(BaseModel):
@@ -253,7 +254,7 @@ def native_router(service: Service) -> APIRouter:
         except ValueError as error:
             raise ApiError(f"{field} {error}", field) from None
         service.need_tokenizer()
-        ids = await service.encode(text, body.add_special_tokens)
+        ids = await service.encode(text, body.add_special_tokens is not False)
         return Tokens(tokens=ids, count=len(ids), max_model_len=service.model.context_len)
 
     @router.post("/detokenize", responses=errors(400, 413))
@@ -262,6 +263,6 @@ def native_router(service: Service) -> APIRouter:
         tokenizer = service.need_tokenizer()
         if any(not 0 <= id < service.model.vocab_size for id in body.tokens):
             raise ApiError(f"tokens must be in [0, {service.model.vocab_size})", "tokens")
-        return Detokenized(text=tokenizer.decode(body.tokens, body.skip_special_tokens))
+        return Detokenized(text=tokenizer.decode(body.tokens, bool(body.skip_special_tokens)))
 
     return router

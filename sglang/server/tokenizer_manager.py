@@ -238,6 +238,8 @@ class TokenizerManager:
         self._engine: asyncio.Future[EngineReady] = asyncio.get_running_loop().create_future()
         self._handles = itertools.count(1)
         self._sequences: dict[int, Sequence] = {}
+        self.news_at = 0.0
+        """When the engine last told of a token, on the monotonic clock."""
         self._generations: dict[str, Generation] = {}
         self._stats: deque[asyncio.Future[Stats]] = deque()
         self._flushes: deque[asyncio.Future[FlushCacheReply]] = deque()
@@ -338,6 +340,7 @@ class TokenizerManager:
         match message:
             case TextBatch():
                 sequences, now = self._sequences, time.monotonic()
+                self.news_at = now
                 intervals: list[float] = []
                 for delta in message.deltas:
                     sequence = sequences.get(delta.handle)

@@ -148,6 +148,7 @@ TABLE = [
     (g(n="2"), "n", "integer"),
     (g(n=[]), "n", "integer"),
     (g(json_schema="[]"), "json_schema", "follow"),
+    (g(**{"\ud800": 1}), None, "not a sampling parameter"),
     (("/tokenize", {"text": 5}), "text", "string"),
     (("/detokenize", {"tokens": [-1]}), "tokens", "[0, 49152)"),
     (("/abort_request", {}), "rid", "must be given"),
@@ -246,6 +247,27 @@ def test_nan_is_no_number(server: Server):
 def test_unknown_fields_are_ignored_as_openai_clients_expect(server: Server):
     body = {"prompt": "a", "max_tokens": 1, "user": "me", "metadata": {}, "shiny_new": [1]}
     assert server.post(COMPLETIONS, body).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "path, body",
+    [
+        c(max_tokens=1, suffix="", rid=None, response_format=None),
+        ("/v1/embeddings", {"input": "a", "encoding_format": None, "pooling": None}),
+        ("/tokenize", {"text": "a", "add_special_tokens": None}),
+        ("/detokenize", {"tokens": [5], "skip_special_tokens": None}),
+        ("/abort_request", {"rid": "nobody's", "abort_all": None}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_null_is_as_good_as_left_out(server: Server, path, body):
+    assert server.post(path, body).status_code == 200
+
+
+def test_arguments_that_are_nested_beyond_reason_are_left_as_text(server: Server):
+    call = {"type": "function", "function": {"name": "f", "arguments": "[" * 2000}}
+    messages = [*HI, {"role": "assistant", "content": None, "tool_calls": [call]}, *HI]
+    assert server.post(CHAT, {"messages": messages, "max_tokens": 1}).status_code == 200
 
 
 def test_after_all_that_the_server_goes_on(server: Server):

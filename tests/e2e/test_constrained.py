@@ -57,6 +57,29 @@ def test_penalties_count_what_a_grammar_leaves_no_choice_about(server):
     assert server.stats()["forced_tokens"] > before
 
 
+def test_the_schema_of_anything_is_a_schema_and_completions_have_formats_too(client, model):
+    anything = {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}
+    said = client.chat.completions.create(
+        model=model, messages=[{"role": "user", "content": "Say hi."}], max_tokens=200,
+        temperature=0, response_format=anything,
+    ).choices[0]  # fmt: skip
+    assert said.finish_reason == "length" or json.loads(said.message.content) is not ...
+    assert not said.message.content.startswith("Hello")
+    completed = client.completions.create(
+        model=model, prompt="A person as JSON:", max_tokens=200, temperature=0,
+        extra_body={"response_format": {"type": "json_schema", "json_schema": {"schema": PERSON}}},
+    ).choices[0]  # fmt: skip
+    assert set(json.loads(completed.text)) == {"name", "age", "role"}
+
+
+def test_a_format_that_is_no_known_one_is_an_annotation(server):
+    schema = {"type": "object", "properties": {"format": {"type": "string", "format": "password",
+              "maxLength": 5}}, "required": ["format"], "additionalProperties": False}  # fmt: skip
+    params = {"json_schema": schema, "max_new_tokens": 30, "temperature": 0}
+    reply = server.generate(text="Secret:", sampling_params=params)
+    assert len(json.loads(reply["text"])["format"]) <= 5
+
+
 def test_regex_and_ebnf_are_obeyed_beside_unconstrained_prompts(server):
     def params(**grammar):
         return {"temperature": 1.0, "max_new_tokens": 24, **grammar}
@@ -122,6 +145,28 @@ def test_a_forced_tool_call_has_arguments_that_fit_whole_and_streamed(client, mo
         assert len(said) > 2 and {piece.index for piece in said} == {0}
         assert [bool(piece.id and piece.function.name) for piece in said].count(True) == 1
         assert chunks[-1].finish_reason == "tool_calls"
+
+
+def test_a_forced_call_fits_a_schema_with_references_and_none_has_no_arguments(client, model):
+    node = {"type": "object", "properties": {"x": {"enum": [1, 2]}}, "required": ["x"],
+            "additionalProperties": False}  # fmt: skip
+    tree = {"type": "object", "properties": {"p": {"$ref": "#/$defs/P"}}, "required": ["p"],
+            "additionalProperties": False, "$defs": {"P": node}}  # fmt: skip
+    for parameters, fits in ((tree, {"p": {"x": 1}}), (None, {})):
+        function = {"name": "f", **({"parameters": parameters} if parameters else {})}
+        kwargs = dict(
+            model=model,
+            messages=[{"role": "user", "content": "hi"}],
+            tools=[WEATHER, {"type": "function", "function": function}],
+            tool_choice={"type": "function", "function": {"name": "f"}},
+            temperature=0,
+        )
+        (call,) = client.chat.completions.create(**kwargs).choices[0].message.tool_calls
+        arguments = json.loads(call.function.arguments)
+        assert arguments.keys() == fits.keys()
+        assert not fits or arguments["p"]["x"] in (1, 2)
+        cut = client.chat.completions.create(**kwargs, max_tokens=4).choices[0]
+        assert cut.finish_reason == "length" and not cut.message.content
 
 
 def test_tools_that_are_not_called_leave_the_text_as_it_is(client, model):

@@ -83,6 +83,8 @@ def test_a_full_queue_says_when_to_come_again(guarded):
         assert running.status_code == queued.status_code == 200
         refused = guarded.post("/generate", body, headers=headers())
         assert refused.status_code == 503 and refused.headers["retry-after"] == "1"
+        healthy = requests.get(guarded.url + "/health_generate", headers=headers(), timeout=30)
+        assert healthy.status_code == 200, "it has much to do, and does it"
     time.sleep(0.3)
     few = {**body, "sampling_params": {"max_new_tokens": 1}}
     assert guarded.post("/generate", few, headers=headers()).status_code == 200

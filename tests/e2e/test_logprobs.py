@@ -97,6 +97,17 @@ def test_a_prompt_alone_can_be_scored(server):
             )
 
 
+def test_offsets_are_places_in_a_text_with_special_tokens(client, model):
+    prompt = "<|im_start|>user\nhi<|im_end|>\n"
+    choice = client.completions.create(
+        model=model, prompt=prompt, max_tokens=3, temperature=0, echo=True, logprobs=0
+    ).choices[0]
+    said = choice.logprobs
+    assert said.text_offset[:7] == [0, 12, 16, 17, 19, 29, 30] and choice.text.startswith(prompt)
+    for token, at in zip(said.tokens[7:], said.text_offset[7:], strict=True):
+        assert choice.text.startswith(token, at) or token == "<|im_start|>", "the reply is without"
+
+
 @pytest.mark.parametrize("echo", [False, True])
 def test_streamed_completion_logprobs_joined_are_the_whole_replys(client, model, echo):
     kwargs = dict(

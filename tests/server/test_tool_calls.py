@@ -57,7 +57,8 @@ def test_calls_are_found_wherever_the_text_is_cut(kind, cuts):
 def test_what_is_no_call_is_all_content(kind, text, cuts):
     content, calls, _ = parse(kind, cut(text, cuts))
     if not calls:
-        assert content == text
+        is_begun = kind == "json" and not content  # where nothing but calls is allowed
+        assert content == text or is_begun
 
 
 @pytest.mark.parametrize("kind", ["hermes", "llama3", "mistral", "json", "mistral v11"])

@@ -216,7 +216,7 @@ def _with_parsed_arguments(call: Any) -> Any:
     try:
         function = call["function"]
         return {**call, "function": {**function, "arguments": json.loads(function["arguments"])}}
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         return call
 
 

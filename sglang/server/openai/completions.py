@@ -46,8 +46,9 @@ class CompletionWriter:
         }
         self._logprobs: list[CompletionLogprobs] = []
         if request.logprobs is not None:
+            skips = request.skip_special_tokens is not False
             self._logprobs = [
-                CompletionLogprobs(tokenizer, request.logprobs) for _ in generation.sequences
+                CompletionLogprobs(tokenizer, request.logprobs, skips) for _ in generation.sequences
             ]
         self._unsaid = set(range(len(generation.sequences))) if request.echo else set()
         """Sequences whose prompt is still to be echoed."""
@@ -69,14 +70,17 @@ class CompletionWriter:
         """A choice with what the sequence has said since the last call."""
         echoes = sequence.index in self._unsaid
         self._unsaid.discard(sequence.index)
-        text = (self._echo(sequence) if echoes else "") + sequence.take_text()
+        echo = self._echo(sequence) if echoes else ""
+        text = echo + sequence.take_text()
         if not self._logprobs:
             return self._choice(sequence, text, None)
         scored = sequence.take_logprobs(bool(self._request.no_stop_trim))
+        prompt = None
         if echoes:
             ids = self._prompts[sequence.index // self._n]
-            scored = [*prompt_tokens(ids, sequence.prompt_logprobs, 0), *scored]
-        return self._choice(sequence, text, self._logprobs[sequence.index].take(scored))
+            prompt = prompt_tokens(ids, sequence.prompt_logprobs, 0)
+        logprobs = self._logprobs[sequence.index].take(scored, prompt, echo)
+        return self._choice(sequence, text, logprobs)
 
     def _echo(self, sequence: Sequence) -> str:
         prompt = self._request.prompt[sequence.index // self._n]
@@ -137,7 +141,8 @@ def completions_router(service: Service) -> APIRouter:
         service.check_model(request.model)
         tokenizer = service.need_tokenizer()
         max_tokens = DEFAULT_MAX_TOKENS if request.max_tokens is None else request.max_tokens
-        params = service.sampling(request.sampling(max_tokens), NAMES)
+        formatted = {} if request.response_format is None else {"json_schema": "response_format"}
+        params = service.sampling(request.sampling(max_tokens), {**NAMES, **formatted})
         prompts = await service.encode_prompts(request.prompt)
         generation = service.generate(
             request.rid or new_id("cmpl"),

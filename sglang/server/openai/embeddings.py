@@ -73,7 +73,7 @@ def embeddings_router(service: Service) -> APIRouter:
             [(ids, params) for ids in prompts],
             stream=False,
             names=NAMES,
-            pooling=request.pooling,
+            pooling=request.pooling or "last",
         )
         writer = EmbeddingWriter(request, generation, service.model.name)
         return GenerationResponse(generation, writer, stream=False)

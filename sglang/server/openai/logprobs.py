@@ -48,17 +48,20 @@ def chat_logprobs(tokenizer: Tokenizer, scored: Scored) -> dict[str, Any]:
 class CompletionLogprobs:
     """Of one sequence, in pieces."""
 
-    def __init__(self, tokenizer: Tokenizer, num_top: int, offset: int = 0) -> None:
-        """offset: of the first token in the reply's text."""
-        self._tokenizer, self._num_top, self._offset = tokenizer, num_top, offset
-        self._stream = tokenizer.stream()
+    def __init__(self, tokenizer: Tokenizer, num_top: int, skip_special_tokens: bool) -> None:
+        """skip_special_tokens: the reply's text is without them."""
+        self._tokenizer, self._num_top, self._offset = tokenizer, num_top, 0
+        self._stream = tokenizer.stream(skip_special_tokens)
 
-    def take(self, scored: Scored) -> dict[str, Any]:
-        tokens, values, offsets, tops = [], [], [], []
-        for id, said in scored:
-            tokens.append(self._name(id))
+    def take(self, scored: Scored, prompt: Scored | None = None, echo: str = "") -> dict[str, Any]:
+        """prompt: its tokens, where `echo` is the text that the reply begins with."""
+        tokens, values, tops = [], [], []
+        offsets = self._places(prompt or [], echo)
+        for id, _ in scored:
             offsets.append(self._offset)
             self._offset += len(self._stream.push([id]))
+        for id, said in [*(prompt or []), *scored]:
+            tokens.append(self._name(id))
             values.append(None if said is None else max(said.logprob, FLOOR))
             tops.append(self._top(id, said))
         return {
@@ -67,6 +70,16 @@ class CompletionLogprobs:
             "top_logprobs": tops if self._num_top else None,
             "text_offset": offsets,
         }
+
+    def _places(self, prompt: Scored, echo: str) -> list[int]:
+        stream, places, at = self._tokenizer.stream(skip_special_tokens=False), [], 0
+        for id, _ in prompt:
+            places.append(at)
+            piece = stream.push([id])
+            # What the tokenizer begins a prompt with is in no text.
+            at += len(piece) if echo.startswith(piece, at) else 0
+        self._offset += len(echo)
+        return places
 
     def _top(self, id: int, said: TokenLogprob | None) -> dict[str, float] | None:
         """With the chosen token, be it among the most likely ones or not."""

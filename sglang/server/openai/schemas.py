@@ -84,7 +84,7 @@ def refuse_unsupported(body: BaseModel) -> None:
     for name, field in type(body).model_fields.items():
         if field.description == _UNSUPPORTED:
             value = getattr(body, name)
-            if value is not None and value is not False and value != []:
+            if value is not None and value is not False and value not in ([], ""):
                 raise ApiError(f"{name} is not supported by this server", name)
 
 
@@ -125,6 +125,33 @@ class StreamOptions(BaseModel):
     include_usage: bool | None = False
 
 
+class JsonSchema(BaseModel):
+    model_config = ConfigDict(strict=True, protected_namespaces=())
+
+    name: str | None = None
+    description: str | None = None
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    def schema_text(self) -> dict[str, Any] | None:
+        """The schema that the reply must satisfy. A schema that is not `strict` is obeyed too."""
+        if self.type == "text":
+            return None
+        if self.type == "json_object":
+            return {"type": "object"}
+        if self.json_schema is None or self.json_schema.schema_ is None:
+            message = "response_format of type json_schema needs json_schema.schema"
+            raise ApiError(message, "response_format")
+        return self.json_schema.schema_
+
+
 class _Sampling(BaseModel):
     """What both endpoints take. None: the model's default."""
 
@@ -162,6 +189,7 @@ class _Sampling(BaseModel):
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
+    response_format: ResponseFormat | None = None
 
     structured_outputs: Unsupported = None
     structural_tag: Unsupported = None
@@ -172,6 +200,11 @@ class _Sampling(BaseModel):
         refuse_unsupported(self)
         if self.stream_options is not None and not self.stream:
             raise ApiError("stream_options is only allowed with stream", "stream_options")
+        if self.response_format is not None and self.response_format.schema_text() is not None:
+            given = [name for name, value in self._grammar().items() if value is not None]
+            if given:
+                message = f"response_format cannot be combined with {given[0]}"
+                raise ApiError(message, "response_format")
 
     @property
     def include_usage(self) -> bool:
@@ -187,7 +220,13 @@ class _Sampling(BaseModel):
         }
 
     def grammar(self) -> dict[str, Any]:
-        """vLLM's names for regex, json_schema and ebnf come to the same."""
+        given = self._grammar()
+        if self.response_format is not None and given["json_schema"] is None:
+            given["json_schema"] = self.response_format.schema_text()
+        return given
+
+    def _grammar(self) -> dict[str, Any]:
+        """Without response_format. vLLM's names for the three come to the same."""
         regex = self.guided_regex if self.regex is None else self.regex
         if self.guided_choice:
             regex = "|".join(re.escape(choice) for choice in self.guided_choice)
@@ -230,10 +269,10 @@ class EmbeddingRequest(BaseModel):
 
     model: ModelName = None
     input: Prompts
-    encoding_format: Literal["float", "base64"] = "float"
+    encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = Field(None, ge=1)
     """So many values of each vector, scaled anew to length 1."""
-    pooling: Pooling = "last"
+    pooling: Pooling | None = None
     """Of which tokens the hidden states count: the last one's, or the mean of all."""
     user: str | None = None
 
@@ -256,33 +295,6 @@ class ChatMessage(BaseModel):
         WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": TEXT_PART}]}),
     ] = None
     """null only for the assistant."""
-
-
-class JsonSchema(BaseModel):
-    model_config = ConfigDict(strict=True, protected_namespaces=())
-
-    name: str | None = None
-    description: str | None = None
-    schema_: dict[str, Any] | None = Field(None, alias="schema")
-    strict: bool | None = None
-
-
-class ResponseFormat(BaseModel):
-    model_config = ConfigDict(strict=True)
-
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: JsonSchema | None = None
-
-    def schema_text(self) -> dict[str, Any] | None:
-        """The schema that the reply must satisfy. A schema that is not `strict` is obeyed too."""
-        if self.type == "text":
-            return None
-        if self.type == "json_object":
-            return {"type": "object"}
-        if self.json_schema is None or self.json_schema.schema_ is None:
-            message = "response_format of type json_schema needs json_schema.schema"
-            raise ApiError(message, "response_format")
-        return self.json_schema.schema_
 
 
 class Function(BaseModel):
@@ -315,7 +327,6 @@ class ChatRequest(_Sampling):
     max_completion_tokens: int | None = within("max_completion_tokens")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
-    response_format: ResponseFormat | None = None
     tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
@@ -335,15 +346,10 @@ class ChatRequest(_Sampling):
         super().refuse_unsupported()
         if self.forces_call and not self.usable_tools:
             raise ApiError("tool_choice names no tool that is in tools", "tool_choice")
-        if self.forces_call and any(value is not None for value in super().grammar().values()):
+        if self.forces_call and any(value is not None for value in self._grammar().values()):
             raise ApiError("tool_choice cannot be combined with a grammar", "tool_choice")
         if self.top_logprobs and not self.logprobs:
             raise ApiError("top_logprobs needs logprobs to be true", "top_logprobs")
-        if self.response_format is not None and self.response_format.schema_text() is not None:
-            given = [name for name, value in super().grammar().items() if value is not None]
-            if given:
-                message = f"response_format cannot be combined with {given[0]}"
-                raise ApiError(message, "response_format")
         if self.modalities not in (None, [], ["text"]):
             raise ApiError("modalities other than text are not supported", "modalities")
         if self.add_generation_prompt and self.continue_final_message:
@@ -364,9 +370,11 @@ class ChatRequest(_Sampling):
         return tools
 
     def grammar(self) -> dict[str, Any]:
-        schema = self.response_format.schema_text() if self.response_format else None
-        if self.forces_call:
-            functions = [tool.function.model_dump() for tool in self.usable_tools]
-            parallel = self.tool_choice == "required" and self.parallel_tool_calls is not False
-            schema = forced_calls_schema(functions, parallel)
-        return {**super().grammar(), "json_schema": schema} if schema else super().grammar()
+        if not self.forces_call:
+            return super().grammar()
+        functions = [tool.function.model_dump() for tool in self.usable_tools]
+        parallel = self.tool_choice == "required" and self.parallel_tool_calls is not False
+        try:
+            return {"json_schema": forced_calls_schema(functions, parallel)}
+        except RecursionError:
+            raise ApiError("tools are nested too deeply", "tools") from None

@@ -18,6 +18,7 @@ import uuid
 from dataclasses import dataclass
 from typing import Any
 
+from sglang.json_schema import moved
 from sglang.server.detokenizer import StopFinder
 
 PARSERS = ("hermes", "llama3", "pythonic", "mistral")
@@ -133,6 +134,8 @@ class ToolParser:
         """When no more text comes."""
         text, self._text = self._text, ""
         deltas: list[CallDelta] = []
+        if self._kind == "json":  # the beginning of a call, which the model's limit has cut
+            return "", deltas
         if self._inside and self._kind == "pythonic":
             self._tell(_pythonic_calls(text.replace("<|python_tag|>", "", 1)), deltas)
         is_told = self._rest is not None or (self._num_calls and _BETWEEN.fullmatch(text))
@@ -284,17 +287,20 @@ def _pythonic_calls(text: str) -> list[tuple[str, str]]:
 
 def forced_calls_schema(functions: list[dict[str, Any]], parallel: bool) -> dict[str, Any]:
     """Of a list of calls of these functions, for tool_choice "required" or a named one."""
+    none = {"type": "object", "additionalProperties": False}
     items = [
         {
             "type": "object",
             "properties": {
                 "name": {"const": function["name"]},
-                "parameters": function.get("parameters") or {"type": "object"},
+                "parameters": moved(
+                    function.get("parameters") or none, f"/items/anyOf/{i}/properties/parameters"
+                ),
             },
             "required": ["name", "parameters"],
             "additionalProperties": False,
         }
-        for function in functions
+        for i, function in enumerate(functions)
     ]
     schema: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"anyOf": items}}
     return schema if parallel else {**schema, "maxItems": 1}
