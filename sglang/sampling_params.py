@@ -14,6 +14,10 @@ MAX_STOP_TOKEN_IDS = 256
 MAX_TOP_LOGPROBS = 20
 
 
+_ALIASES = {"sampling_seed": "seed"}
+"""SGLang's newer spellings."""
+
+
 class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
     """Names and defaults are SGLang's. Immutable by convention once `verify` has passed."""
 
@@ -55,6 +59,8 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
         Raises ValueError with a message that starts with the offending field's name; `verify` does
         the rest.
         """
+        values = {_ALIASES.get(name, name): value for name, value in values.items()}
+        values.pop("spaces_between_special_tokens", None)  # decoders of today need no telling
         for name in values:
             if name not in cls.__struct_fields__:
                 raise ValueError(f"{name} is not a sampling parameter")

@@ -47,6 +47,15 @@ def test_finish_reasons_are_sglangs(server: Server):
     assert reason(max_new_tokens=0) == {"type": "length", "length": 0}
 
 
+def test_sglangs_newer_spellings_say_the_same(server: Server):
+    params = {"max_new_tokens": 8, "temperature": 1}
+    old = server.generate(text="Once", sampling_params={**params, "seed": 7})
+    new = {**params, "sampling_seed": 7, "spaces_between_special_tokens": True}
+    reply = server.generate(text="Once", sampling_params=new, return_logprob=True)
+    assert reply["text"] == old["text"]
+    assert reply["meta_info"]["input_token_logprobs"] == []
+
+
 def test_batches_of_texts_and_ids_answer_in_order(server: Server):
     texts = ["The capital of France is", "1, 2, 3,"]
     single = [server.generate(text=text, sampling_params=GREEDY) for text in texts]

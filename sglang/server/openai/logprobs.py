@@ -112,7 +112,7 @@ class NativeLogprobs:
     def of(self, sequence: Sequence) -> dict[str, Any]:
         """All that is known by now, for `meta_info`."""
         output = list(zip(unpack(sequence.ids).tolist(), sequence.logprobs, strict=True))
-        meta = self._lists("output", output)
+        meta = {"input_token_logprobs": [], **self._lists("output", output)}
         if self._wanted.prompt_from >= 0:
             ids = self._prompts[sequence.index // self._n]
             scored = prompt_tokens(ids, sequence.prompt_logprobs, self._wanted.prompt_from)
