@@ -126,7 +126,6 @@ class ModelConfig:
         theta, scaling = _rope(values)
         max_position = _max_position(values["max_position_embeddings"], scaling)
         window, first_window_layer = _sliding_window(values, architecture)
-        eos = generation.get("eos_token_id", values.get("eos_token_id"))
         return cls(
             path="",
             name="",
@@ -153,7 +152,7 @@ class ModelConfig:
             o_bias=bool(values.get("attention_output_bias", attention_bias)),
             mlp_bias=bool(values.get("mlp_bias", False)),
             qk_norm=architecture == "Qwen3ForCausalLM",
-            eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+            eos_token_ids=_ends(generation.get("eos_token_id"), values.get("eos_token_id")),
             bos_token_id=values.get("bos_token_id"),
             default_sampling={
                 key: generation[key]
@@ -402,7 +401,19 @@ def _gguf_dtype(types: set[str]) -> str:
     return "bfloat16" if "BF16" in types or types == {"F32"} else "float16"
 
 
+def _ends(*ids: int | list[int] | None) -> tuple[int, ...]:
+    """Whatever one file says ends a reply: often they differ, and one is older."""
+    lists = [each if isinstance(each, list) else [] if each is None else [each] for each in ids]
+    return tuple(dict.fromkeys(id for each in lists for id in each))
+
+
+_GGUF_ENDS = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<end_of_turn>", "<|end|>")
+
+
 def _gguf_ends(metadata: dict[str, Any]) -> list[int]:
-    """End of sequence, and end of turn where that is another token."""
-    keys = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
-    return list(dict.fromkeys(metadata[key] for key in keys if key in metadata))
+    """Ends of sequence, turn and message; where their keys are missing, by the tokens' names."""
+    keys = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]
+    ids = [metadata[key] for key in keys if key in metadata]
+    tokens = list(metadata.get("tokenizer.ggml.tokens", ()))
+    ids += [tokens.index(name) for name in _GGUF_ENDS if name in tokens]
+    return list(dict.fromkeys(ids))

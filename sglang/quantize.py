@@ -46,6 +46,8 @@ def quantize(
     sizes = [size for size in (128, 64, 32) if all(width % size == 0 for width in widths)]
     if method in ("awq", "gptq") and not (group_size or sizes):
         raise ValueError(f"no group size divides the layers' inputs, {widths}")
+    if group_size and (group_size % 32 or any(width % group_size for width in widths)):
+        raise ValueError(f"--group-size must be a multiple of 32 that divides {widths}")
     many = (size for size in sizes if 16 * size <= min(widths))
     group_size = group_size or next(many, (sizes or [0])[-1])
 

@@ -172,6 +172,8 @@ class ServerArgs:
         for name, least in (("tp_size", 1), ("overlap_depth", 1), ("port", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{flag_name(name)} must be at least {least}")
+        if self.port > 65535:
+            raise ValueError("--port must be at most 65535")
         if self.log_requests_level not in range(4):
             raise ValueError("--log-requests-level must be 0, 1, 2 or 3")
         for name in ("request_timeout", "shutdown_timeout"):

@@ -63,7 +63,7 @@ def test_generation_config_gives_sampling_defaults_and_ends(tmp_path):
     generation = {"temperature": 0.6, "top_p": 0.9, "top_k": None, "eos_token_id": 7, "other": 1}
     config = load(tmp_path, generation=generation)
     assert config.default_sampling == {"temperature": 0.6, "top_p": 0.9}
-    assert config.eos_token_ids == (7,)
+    assert config.eos_token_ids == (7, 2, 3), "either file may be right"
 
 
 def test_stretched_contexts():

@@ -61,12 +61,12 @@ class Linear(nn.Module):
         self.readers: list[Linear] = []  # in a list: no submodule of this one
         """All that read this one's outputs, if it is known: a method may hand them on in a form of
         its own to layers of the same method."""
-        self._has_bias = bias
+        self.has_bias = bias
         self.bias: torch.Tensor | None = None
 
     def load(self, checkpoint: Checkpoint) -> None:
         self.method.load(self, checkpoint)
-        if self._has_bias:
+        if self.has_bias:
             sizes = [part.shard.length(part.out_features) for part in self.parts]
             bias = torch.empty(sum(sizes), dtype=self.dtype, device=self.device)
             for part, view in zip(self.parts, bias.split(sizes), strict=True):

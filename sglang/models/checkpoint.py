@@ -123,6 +123,13 @@ class SafetensorsCheckpoint(Checkpoint):
             self._files.append(file)
             names = file.keys()
             self._slices |= {n: file.get_slice(n) for n in names if wanted is None or n in wanted}
+        if (
+            "embed_tokens.weight" in self._slices
+        ):  # Qwen3-Embedding's: a decoder without its wrapper
+            self._slices = {
+                name if name.startswith("lm_head.") else f"model.{name}": slice
+                for name, slice in self._slices.items()
+            }
         super().__init__(self._slices, show_progress)
 
     def shape(self, name: str) -> tuple[int, ...]:

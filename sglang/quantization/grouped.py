@@ -199,15 +199,25 @@ class GPTQLinear(GroupedLinear):
         super().load(layer, checkpoint)
         for part in layer.parts:
             checkpoint.ignore(f"{part.name}.g_idx")  # stored even if it says nothing
+            if not layer.has_bias:
+                _ignore_zeros(checkpoint, f"{part.name}.bias")
 
     def read(self, layer: Linear) -> GroupedWeight:
         bits = self.scheme.bits
         q = unpack_words(layer.qweight.data, bits, 0).t()
         zeros = unpack_words(layer.qzeros.data, bits, 1).float() + self.scheme.zero_offset
-        if bits == 4:
-            zeros %= 16  # 15, stored in the first version's way, is 0 less one
+        zeros %= 1 << bits  # all ones, stored in the first version's way, is 0 less one
         group_of = _one_order(layer, layer.g_idx.data) if self.scheme.act_order else None
         return GroupedWeight(q, layer.scales.data, zeros, group_of)
+
+
+def _ignore_zeros(checkpoint: Checkpoint, name: str) -> None:
+    """AutoGPTQ stored a bias with every layer, of zeros where the model has none."""
+    if checkpoint.has(name):
+        bias = torch.empty(checkpoint.shape(name))
+        checkpoint.load(bias, name)
+        if bias.any():
+            raise ValueError(f"{name} is not zero, and the model has no bias there")
 
 
 class PackedLinear(GroupedLinear):

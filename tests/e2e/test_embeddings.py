@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import numpy as np
@@ -110,6 +112,17 @@ def test_what_cannot_be_embedded_is_refused(server, fields, param, part):
     assert response.status_code == 400
     error = response.json()["error"]
     assert error["param"] == param and part in error["message"], error
+
+
+def test_an_aborted_request_is_no_empty_vector(server):
+    with ThreadPoolExecutor(1) as pool:
+        body = {"input": ["word " * 1000] * 100}
+        reply = pool.submit(server.post, "/v1/embeddings", body)
+        while server.stats()["running"] == 0 and not reply.done():
+            time.sleep(0.01)
+        server.post("/abort_request", {"abort_all": True})
+        assert reply.result().status_code == 503
+        assert "aborted" in reply.result().json()["error"]["message"]
 
 
 def test_an_async_client_embeds_too(server, model):

@@ -243,6 +243,7 @@ def test_without_a_tokenizer_and_with_a_small_pool_there_are_ids_and_their_limit
         (["--grammar-backend", "outlines"], ["--grammar-backend", "llguidance", "none"]),
         (["--max-total-tokens", "many"], ["--max-total-tokens", "invalid int value: 'many'"]),
         (["--overlap-depth", "0"], ["--overlap-depth must be at least 1"]),
+        (["--port", "70000"], ["--port must be at most 65535"]),
     ],
 )
 def test_a_wrong_flag_is_explained_in_one_line_that_names_what_is_valid(flags, parts):

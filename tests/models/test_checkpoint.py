@@ -70,6 +70,16 @@ def test_a_left_over_tensor_is_named(llama, tmp_path):
         tiny.load(tmp_path)
 
 
+def test_a_decoder_without_the_names_of_its_wrapper(tmp_path):
+    """As Qwen3-Embedding is stored."""
+    tied = tiny.make("Qwen3", head_dim=16, tie_word_embeddings=True)
+    tied.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    bare = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
+    save_file(bare, tmp_path / "model.safetensors")
+    tiny.assert_same_logits(tiny.load(tmp_path)[0], tied)
+
+
 def test_what_follows_from_the_configuration_may_be_left_over(llama, tmp_path):
     tied = tiny.make("Llama", tie_word_embeddings=True)
     tied.save_pretrained(tmp_path)

@@ -96,6 +96,29 @@ def test_gptq(bits, group, act_order, version, tmp_path):
     check(tmp_path / "model", theirs)
 
 
+@pytest.mark.parametrize("value", [0.0, 0.5])
+def test_gptq_with_a_bias_that_the_model_has_not(value, tmp_path):
+    """AutoGPTQ's older versions stored one of zeros with every layer."""
+
+    def layer(rng, order_rng, n, k):
+        w = Integers(rng, n, k, 4, 64, np.arange(k) // 64)
+        return {
+            "qweight": words(w.q, 4).t(),
+            "qzeros": words(w.zeros - 1, 4),
+            "scales": w.scales,
+            "bias": torch.full((n,), value),
+        }, w.weight
+
+    theirs = tiny.make("Llama", **K_SIZES)
+    config = {"quant_method": "gptq", "bits": 4, "group_size": 64, "desc_act": False, "sym": False}
+    write(tmp_path / "model", theirs, config, layer)
+    if value == 0:
+        check(tmp_path / "model", theirs)
+    else:
+        with pytest.raises(ValueError, match=r"_proj.bias is not zero"):
+            tiny.load(tmp_path / "model", dtype="float32")
+
+
 @pytest.mark.parametrize("group", [32, 64])
 def test_awq(group, tmp_path):
     order = [0, 2, 4, 6, 1, 3, 5, 7]  # the outputs in a word, from its lowest bits on

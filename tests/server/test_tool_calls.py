@@ -81,6 +81,17 @@ def test_calls_of_tools_that_do_not_exist_are_content_and_those_after_them_calls
     assert content == LLAMA.replace('"f"', '"g"') and calls == []
 
 
+def test_an_object_whose_name_is_no_name_is_content():
+    for kind, text in (
+        ("llama3", '{"name": {"first": "A"}, "age": 3}'),
+        ("mistral", '[TOOL_CALLS][{"name": ["f"], "arguments": {}}]'),
+        ("hermes", '<tool_call>{"name": {"f": 1}, "arguments": {}}</tool_call>'),
+        ("pythonic", '[f("Paris")]'),
+    ):
+        content, calls, _ = parse(kind, list(text))
+        assert content == text and calls == []
+
+
 def test_brackets_in_the_strings_of_arguments_do_not_end_them():
     text = HERMES.replace("1", '"}]\\\\\\"{"')
     _, calls, _ = parse("hermes", list(text))

@@ -296,9 +296,10 @@ def chat_router(service: Service) -> APIRouter:
             names=names,
             logprobs=LogprobsWanted(request.top_logprobs or 0 if request.logprobs else -1),
         )
-        reasoning = service.args.reasoning_parser if params.json_schema is None else None
-        if request.separate_reasoning is False:
-            reasoning = None
+        grammar = params.regex or params.ebnf or "</think>"
+        may_think = params.json_schema is None and "</think>" in grammar
+        wants_apart = may_think and request.separate_reasoning is not False
+        reasoning = service.args.reasoning_parser if wants_apart else None
         writer = ChatWriter(
             request,
             generation,

@@ -39,6 +39,8 @@ class EmbeddingWriter:
     event = closing = opening
 
     def whole(self) -> bytes:
+        if any(not s.embedding for s in self._generation.sequences):
+            raise ApiError("the request was aborted", status=503)
         data = [
             {"object": "embedding", "index": s.index, "embedding": self._encode(s.embedding)}
             for s in self._generation.sequences

@@ -268,6 +268,8 @@ def _json_call(text: str) -> list[tuple[str, str]]:
     try:
         value = json.loads(text)
         arguments = value.get("arguments", value.get("parameters", {}))
+        if not isinstance(value["name"], str):
+            return []
         return [(value["name"], arguments if isinstance(arguments, str) else json.dumps(arguments))]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return []
@@ -278,6 +280,8 @@ def _pythonic_calls(text: str) -> list[tuple[str, str]]:
     calls = []
     try:
         for node in ast.parse(text.strip(), mode="eval").body.elts:  # type: ignore[attr-defined]
+            if node.args:  # which of its parameters they are, nobody says
+                return []
             arguments = {keyword.arg: ast.literal_eval(keyword.value) for keyword in node.keywords}
             calls.append((node.func.id, json.dumps(arguments)))
     except (ValueError, TypeError, AttributeError, SyntaxError, RecursionError, MemoryError):
