@@ -21,6 +21,7 @@ import logging
 import math
 import os
 import pickle
+import re
 import selectors
 import shutil
 import signal
@@ -410,7 +411,9 @@ def _make_folder() -> tuple[str, int]:
     if len(root) > 60:  # a socket's path must fit 107 bytes
         root = "/tmp"
     for name in os.listdir(root):
-        if name.startswith(PREFIX) and (lock := _lock(os.path.join(root, name))) is not None:
+        if re.fullmatch(rf"{PREFIX}\d+-\w{{8}}", name) is None:  # others may begin alike
+            continue
+        if (lock := _lock(os.path.join(root, name))) is not None:
             shutil.rmtree(os.path.join(root, name), ignore_errors=True)
             os.close(lock)
     while True:

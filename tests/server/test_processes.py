@@ -163,11 +163,11 @@ def test_folders_of_killed_servers_are_removed_and_no_others(monkeypatch):
     with tempfile.TemporaryDirectory(dir="/tmp") as root:
         monkeypatch.setattr("tempfile.tempdir", root)
         first, lock = _make_folder()
-        for name in (f"{PREFIX}{os.getpid()}-dead", "other"):  # whoever has the dead one's number
-            os.mkdir(os.path.join(root, name))
+        os.mkdir(os.path.join(root, f"{PREFIX}{os.getpid()}-deadbeef"))  # whoever has that number
+        others = [os.path.join(root, name) for name in ("other", f"{PREFIX}models", f"{PREFIX}1")]
+        for folder in others:
+            os.mkdir(folder)
         second, second_lock = _make_folder()
-        assert {os.path.join(root, n) for n in os.listdir(root)} == {
-            first, second, os.path.join(root, "other")
-        }  # fmt: skip
+        assert {os.path.join(root, n) for n in os.listdir(root)} == {first, second, *others}
         os.close(lock)
         os.close(second_lock)
