@@ -38,10 +38,12 @@ def _changed(schema: Any, change: Callable[[str, str], str | None]) -> Any:
         return schema
     made = {}
     for name, value in schema.items():
-        if name in _BY_NAME and isinstance(value, dict):
+        if name in _VALUES:
+            made[name] = value
+        elif name in _BY_NAME and isinstance(value, dict):
             made[name] = {key: _changed(item, change) for key, item in value.items()}
         elif not isinstance(value, str):
-            made[name] = value if name in _VALUES else _changed(value, change)
-        elif (text := change(name, value) if name not in _VALUES else value) is not None:
+            made[name] = _changed(value, change)
+        elif (text := change(name, value)) is not None:
             made[name] = text
     return made

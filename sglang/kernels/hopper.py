@@ -35,12 +35,18 @@ def multiprocessors(device: torch.device) -> int:
     return launch.multiprocessors(device) * (version >= (3, 6))
 
 
+def aligned(t: torch.Tensor) -> torch.Tensor:
+    """A matrix, or its copy, if 16 bytes of its rows could not be loaded at once."""
+    if t.stride(1) != 1 or t.stride(0) * t.element_size() % 16 or t.data_ptr() % 16:
+        return t.clone(memory_format=torch.contiguous_format)
+    return t
+
+
 def tiles_of(t: torch.Tensor, block: list[int], swizzle: int = 128) -> TensorDescriptor:
     """How the copy engine finds tiles of a matrix, or of its copy, if it could not read this one.
     `swizzle`: bytes, up to a tile's row, among which 16 at a time change places in shared memory,
     so that those above one another lie in different banks."""
-    if t.stride(1) != 1 or t.stride(0) * t.element_size() % 16 or t.data_ptr() % 16:
-        t = t.clone(memory_format=torch.contiguous_format)
+    t = aligned(t)
     layout = gl.NVMMASharedLayout(swizzle, t.element_size() * 8, rank=2)
     return TensorDescriptor(t, list(t.shape), list(t.stride()), block, layout)
 

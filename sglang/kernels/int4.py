@@ -55,7 +55,7 @@ def int4_linear(x: torch.Tensor, w: Int4Weight, bias: torch.Tensor | None = None
 
 
 def can_add(x: torch.Tensor, w: Int4Weight) -> bool:
-    """Whether `int4_added` is for these."""
+    """Whether `int4_added` is for these, as Hopper's kernels are."""
     return len(x) > MAX_TOKENS and hopper is not None and (few.usable(x, w) or hopper.usable(x, w))
 
 

@@ -23,7 +23,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from sglang.kernels.hopper import multiprocessors
+from sglang.kernels.hopper import aligned, multiprocessors
 from sglang.kernels.int4_dots import BFLOAT16_ASM, CONSTRAINTS, FLOAT16_ASM
 from sglang.kernels.int4_weight import Int4Weight
 
@@ -328,8 +328,7 @@ def int4_few_linear(
     is added, in place."""
     num_tokens, n, k = x.shape[0], w.packed.shape[0], w.num_inputs
     out = torch.empty(num_tokens, n, dtype=x.dtype, device=x.device) if added is None else added
-    if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:  # for loads of 16 bytes
-        x = x.clone(memory_format=torch.contiguous_format)
+    x = aligned(x)
     processors = multiprocessors(x.device)
     if keeps is None:
         keeps = choose_mode(n, k, processors)

@@ -87,13 +87,13 @@ class Request:
             row=self.row,
             cached_len=self.cached,
             seed=self.seed,
-            temperature=_as_float32(params.temperature),
+            temperature=_workable(params.temperature),
             top_p=params.top_p,
             top_k=max(params.top_k, 0),
             min_p=params.min_p,
             frequency_penalty=params.frequency_penalty,
             presence_penalty=params.presence_penalty,
-            repetition_penalty=max(params.repetition_penalty, 1e-6),
+            repetition_penalty=max(params.repetition_penalty, 1e-6),  # one over it is float32
             logit_bias=params.logit_bias,
             suppress_until=suppress_until,
             suppress=self.stop_tokens if suppress_until else [],
@@ -109,8 +109,8 @@ class Request:
         return f"Request({self.handle}, prompt {self.prompt_len}, limit {self.limit})"
 
 
-def _as_float32(temperature: float) -> float:
-    """So that logits over it are numbers: next to 0 is greedy, and large ones are all alike."""
+def _workable(temperature: float) -> float:
+    """Logits over it are float32: next to 0 is greedy, and large ones are all alike."""
     return 0.0 if temperature < 1e-6 else min(temperature, 1e6)
 
 

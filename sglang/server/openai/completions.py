@@ -75,10 +75,8 @@ class CompletionWriter:
         if not self._logprobs:
             return self._choice(sequence, text, None)
         scored = sequence.take_logprobs(bool(self._request.no_stop_trim))
-        prompt = None
-        if echoes:
-            ids = self._prompts[sequence.index // self._n]
-            prompt = prompt_tokens(ids, sequence.prompt_logprobs, 0)
+        ids = self._prompts[sequence.index // self._n]
+        prompt = prompt_tokens(ids, sequence.prompt_logprobs, 0) if echoes else []
         logprobs = self._logprobs[sequence.index].take(scored, prompt, echo)
         return self._choice(sequence, text, logprobs)
 

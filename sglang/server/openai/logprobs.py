@@ -53,14 +53,15 @@ class CompletionLogprobs:
         self._tokenizer, self._num_top, self._offset = tokenizer, num_top, 0
         self._stream = tokenizer.stream(skip_special_tokens)
 
-    def take(self, scored: Scored, prompt: Scored | None = None, echo: str = "") -> dict[str, Any]:
-        """prompt: its tokens, where `echo` is the text that the reply begins with."""
+    def take(self, scored: Scored, prompt: Scored, echo: str) -> dict[str, Any]:
+        """prompt: its tokens, and `echo` its text, where the reply begins with them."""
         tokens, values, tops = [], [], []
-        offsets = self._places(prompt or [], echo)
+        offsets = self._places(prompt, echo)
+        self._offset += len(echo)
         for id, _ in scored:
             offsets.append(self._offset)
             self._offset += len(self._stream.push([id]))
-        for id, said in [*(prompt or []), *scored]:
+        for id, said in [*prompt, *scored]:
             tokens.append(self._name(id))
             values.append(None if said is None else max(said.logprob, FLOOR))
             tops.append(self._top(id, said))
@@ -78,7 +79,6 @@ class CompletionLogprobs:
             piece = stream.push([id])
             # What the tokenizer begins a prompt with is in no text.
             at += len(piece) if echo.startswith(piece, at) else 0
-        self._offset += len(echo)
         return places
 
     def _top(self, id: int, said: TokenLogprob | None) -> dict[str, float] | None:

@@ -134,12 +134,11 @@ class ToolParser:
         """When no more text comes."""
         text, self._text = self._text, ""
         deltas: list[CallDelta] = []
-        if self._kind == "json":  # the beginning of a call, which the model's limit has cut
-            return "", deltas
         if self._inside and self._kind == "pythonic":
             self._tell(_pythonic_calls(text.replace("<|python_tag|>", "", 1)), deltas)
         is_told = self._rest is not None or (self._num_calls and _BETWEEN.fullmatch(text))
-        return "" if deltas or is_told else text, deltas
+        is_cut = self._kind == "json"  # the beginning of a call: there is nothing else
+        return "" if deltas or is_told or is_cut else text, deltas
 
     def _advance(self, content: list[str], deltas: list[CallDelta]) -> bool:
         """One step; False if it takes more text."""
