@@ -16,10 +16,11 @@ import torch
 import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.language.extra.cuda import gdc_wait
 
-from sglang.kernels.hopper import inside, multiprocessors, tile_at
-from sglang.kernels.hopper_sums import OUTPUTS, Parts, Place, add_up, store, store_part
-from sglang.kernels.launch import counters
+from sglang.kernels.hopper import inside, load_tile, multiprocessors, tile_at
+from sglang.kernels.hopper_sums import EMPTY, OUTPUTS, Parts, Place, add_up, store, store_part
 
 BLOCK_N = gl.constexpr(128)
 """Outputs of a tile."""
@@ -28,33 +29,66 @@ STEP = gl.constexpr(128)
 
 
 class Plan(NamedTuple):
-    """Each program has `rounds` tiles, then at most one of the `splits` parts of a tile left."""
+    """Programs [splits, columns]: each has `rounds` tiles, then in the first `left` columns one
+    part of a column's tile."""
 
     num_tokens: gl.tensor
     n: gl.tensor
     steps: gl.tensor  # of a tile
+    part_steps: gl.tensor
     rounds: gl.tensor
-    left: gl.tensor  # tiles
-    splits: gl.tensor
+    left: gl.tensor
+
+
+class Result(NamedTuple):
+    bias_ptr: gl.tensor
+    out_ptr: gl.tensor  # [num_tokens, n]
+    sums_ptr: gl.tensor  # float32 [left, 2, splits, OUTPUTS BLOCK_M], EMPTY
 
 
 @gluon.jit
 def num_items(plan):
     """Of a program: tiles, and a part of one."""
-    return plan.rounds + gl.where(gl.program_id(0) < plan.left * plan.splits, 1, 0)
+    return plan.rounds + gl.where(gl.program_id(1) < plan.left, 1, 0)
 
 
 @gluon.jit
 def item_at(i, plan, BLOCK_M: gl.constexpr):
     """A program's i-th item: its tile's first token and first output, its first step and the one
     behind its last."""
-    program = gl.program_id(0)
+    split, splits = gl.program_id(0), gl.num_programs(0)
+    column = gl.program_id(1)
     is_whole = i < plan.rounds
-    splits = gl.where(is_whole, 1, plan.splits)
-    split = gl.where(is_whole, 0, program % plan.splits)
-    tile = i * gl.num_programs(0) + program // splits
+    tile = i * splits * gl.num_programs(1) + gl.where(is_whole, column * splits + split, column)
+    first = gl.where(is_whole, 0, split * plan.part_steps)
+    end = gl.minimum(first + gl.where(is_whole, plan.steps, plan.part_steps), plan.steps)
     m, n = tile_at(tile, plan.num_tokens, plan.n, BLOCK_M, BLOCK_N)
-    return m, n, plan.steps * split // splits, plan.steps * (split + 1) // splits
+    return m, n, first, end
+
+
+@gluon.jit
+def next_stage(ring, turn):
+    """Waits until the stage whose turn it is may be loaded: (its number, `ready`)."""
+    STAGES: gl.constexpr = ring.free.shape[0]
+    i = turn % STAGES
+    mbarrier.wait(ring.free.index(i), (turn // STAGES & 1) ^ 1)
+    return i, ring.ready.index(i)
+
+
+@gluon.jit
+def load_inputs(x, tiles, ring, plan):
+    """The work of a warp: the tiles of a descriptor, [BLOCK_M, STEP], into those of a ring."""
+    BLOCK_M: gl.constexpr = x.block_shape[0]
+    gdc_wait()
+    turn = 0
+    for item in range(num_items(plan)):
+        own_m, _n, first, end = item_at(item, plan, BLOCK_M)
+        m = inside(own_m, plan.num_tokens, BLOCK_M)
+        for step in range(first, end):
+            i, ready = next_stage(ring, turn)
+            mbarrier.expect(ready, x.block_type.nbytes)
+            load_tile(x, [m, step * STEP], ready, tiles.index(i))
+            turn += 1
 
 
 @gluon.jit
@@ -66,17 +100,17 @@ def place_of(half: gl.constexpr, out_ptr, plan, m, n, BLOCK_M: gl.constexpr):
 
 
 @gluon.jit
-def finish(sums, i, half: gl.constexpr, plan, place, sums_ptr, counts_ptr, ADDS: gl.constexpr):
-    """Stores the sums of half of a program's i-th item, float32 [OUTPUTS, BLOCK_M], or its share of
-    the tile's if they are a part. ADDS: adds them to what is there."""
+def finish(sums, i, half: gl.constexpr, plan, place, sums_ptr, ADDS: gl.constexpr):
+    """Stores the sums of half of a program's i-th item, float32 [OUTPUTS, BLOCK_M]; or, if they are
+    a part of the tile's, all parts' sums of some tokens. ADDS: adds them to what is there."""
     BLOCK_M: gl.constexpr = sums.shape[1]
-    if i < plan.rounds or plan.splits == 1:
+    splits = gl.num_programs(0)
+    if i < plan.rounds or splits == 1:
         store(sums, place, ADDS)
     else:
-        tile = gl.program_id(0) // plan.splits * 2 + half
-        tile_ptr = sums_ptr + (tile * plan.splits).to(gl.int64) * (OUTPUTS * BLOCK_M)
-        own = gl.program_id(0) % plan.splits
-        parts = Parts(tile_ptr, counts_ptr + tile * 2, plan.splits, own)
+        tile = gl.program_id(1) * 2 + half
+        tile_ptr = sums_ptr + (tile * splits).to(gl.int64) * (OUTPUTS * BLOCK_M)
+        parts = Parts(tile_ptr, splits, gl.program_id(0))
         store_part(sums, parts)
         add_up(parts, BLOCK_M, place, ADDS)
 
@@ -91,7 +125,7 @@ class Tile:
     stages: int
     """For which shared memory has room."""
     start: float
-    """Of a launch. Microseconds, as all that follow, measured at the shapes of Llama-2-7B."""
+    """Of a launch. Microseconds, as all that follow, fitted to what shapes of Llama took."""
     step: float
     """If memory is quick enough..."""
     load: float
@@ -100,6 +134,12 @@ class Tile:
     """What they take, with..."""
     each_part: float
     """...each of a tile's parts."""
+    of_two: float = 0.0
+    """A step of programs that share an SM, if there is room for two."""
+
+    @property
+    def room(self) -> int:
+        return 2 if self.of_two else 1
 
 
 @dataclass(frozen=True)
@@ -107,57 +147,75 @@ class Split:
     tile: Tile
     splits: int
     """Of the tiles behind the last full round of all programs."""
+    per_sm: int = 1
+    """Programs. Where there is room for one more, the next kernel's loads its first weights."""
 
-    def shares(self, num_tokens: int, n: int, processors: int) -> tuple[int, int]:
-        """(full rounds, tiles left)."""
+    def shares(self, num_tokens: int, n: int, processors: int) -> tuple[int, int, int]:
+        """(columns of programs, full rounds, tiles left)."""
         tiles = triton.cdiv(num_tokens, self.tile.block_m) * triton.cdiv(n, BLOCK_N.value)
-        return divmod(tiles, processors)
+        columns = processors * self.per_sm // self.splits
+        rounds, left = divmod(tiles, columns * self.splits)
+        return columns if rounds else left, rounds, left
+
+    def is_legal(self, num_tokens: int, n: int, k: int, processors: int) -> bool:
+        """Programs wait for those with the other parts: all are there, and none is empty."""
+        left = self.shares(num_tokens, n, processors)[2]
+        steps = triton.cdiv(k, STEP.value)
+        all_there = left * self.splits <= processors * self.per_sm
+        return all_there and (self.splits - 1) * triton.cdiv(steps, self.splits) < steps
 
     def estimate(self, num_tokens: int, n: int, k: int, processors: int) -> float:
         """Microseconds."""
         tile, steps = self.tile, triton.cdiv(k, STEP.value)
-        rounds, left = self.shares(num_tokens, n, processors)
-        took = tile.start + self._steps(rounds * steps, processors, num_tokens)
+        columns, rounds, left = self.shares(num_tokens, n, processors)
+
+        def run(steps: int, programs: int) -> float:
+            """So many programs at once, of which those with other tokens share weights."""
+            step = tile.step if programs <= processors else tile.of_two
+            return steps * max(step, programs * tile.load / triton.cdiv(num_tokens, tile.block_m))
+
+        took = tile.start + run(rounds * steps, columns * self.splits)
         if left:
-            steps = triton.cdiv(steps, self.splits)
-            took += self._steps(steps, left * self.splits, num_tokens)
+            took += run(triton.cdiv(steps, self.splits), left * self.splits)
         if left and self.splits > 1:
             took += tile.parts + self.splits * tile.each_part
         return took
 
-    def _steps(self, steps: int, programs: int, num_tokens: int) -> float:
-        """Of so many programs at once, of which those with other tokens share weights."""
-        load = self.tile.load / triton.cdiv(num_tokens, self.tile.block_m)
-        return steps * max(self.tile.step, programs * load)
-
     def launch(
         self, num_tokens: int, n: int, k: int, device: torch.device
-    ) -> tuple[int, tuple[torch.Tensor, torch.Tensor], tuple[int, ...]]:
-        """(programs; room for parts' sums, and their counters; what a Plan says)."""
+    ) -> tuple[tuple[int, int], torch.Tensor, tuple[int, ...]]:
+        """(programs, room for parts' sums, what a Plan says)."""
         processors = multiprocessors(device)
-        rounds, left = self.shares(num_tokens, n, processors)
-        steps, parts = triton.cdiv(k, STEP.value), left * self.splits
-        # Programs wait for those with the other parts: all are there, and none is empty.
-        assert self.splits <= steps and parts <= processors, "too many splits"
-        size = parts * BLOCK_N.value * self.tile.block_m if self.splits > 1 else 0
-        sums = torch.empty(size, dtype=torch.float32, device=device)
-        plan = (num_tokens, n, steps, rounds, left, self.splits)
-        return processors if rounds else parts, (sums, counters(device, 4 * left)), plan
+        assert self.is_legal(num_tokens, n, k, processors), "programs would wait forever"
+        columns, rounds, left = self.shares(num_tokens, n, processors)
+        steps = triton.cdiv(k, STEP.value)
+        size = left * self.splits * BLOCK_N.value * self.tile.block_m if self.splits > 1 else 0
+        sums = _empty_sums(device, max(1 << 15, triton.next_power_of_2(size)))
+        plan = (num_tokens, n, steps, triton.cdiv(steps, self.splits), rounds, left)
+        return (self.splits, columns), sums, plan
+
+
+@cache
+def _empty_sums(device: torch.device, count: int) -> torch.Tensor:
+    """Every launch leaves them as they are, and the launches of one stream share them."""
+    return torch.full((count,), EMPTY.value, dtype=torch.int32, device=device).view(torch.float32)
 
 
 def possible_splits(
     tiles: tuple[Tile, ...], num_tokens: int, n: int, k: int, processors: int
 ) -> list[Split]:
-    """With the smallest tile that holds all tokens, or one of the two largest if there are many."""
-    fitting = [tile for tile in tiles if tile.block_m >= num_tokens][:1]
-    if num_tokens > tiles[-2].block_m:
-        fitting = list(tiles[-2:])
+    """With the smallest tiles that hold all tokens, or with smaller ones if there are many. Parts
+    have two steps or more."""
+    sizes = sorted({tile.block_m for tile in tiles})
+    enough = next((size for size in sizes if size >= num_tokens), sizes[-1])
+    least = 64 if num_tokens <= 256 else 128
     found = []
-    for tile in fitting:
-        _, left = Split(tile, 1).shares(num_tokens, n, processors)
-        most = min(processors // max(left, 1), k // STEP.value // 2)
-        found += [Split(tile, splits) for splits in range(1, max(most, 1) + 1)]
-    return found
+    for tile in tiles:
+        if tile.block_m == enough or least <= tile.block_m < enough:
+            for per_sm in range(1, tile.room + 1):
+                most = min(processors * per_sm, k // STEP.value // 2)
+                found += [Split(tile, splits, per_sm) for splits in range(1, max(most, 1) + 1)]
+    return [split for split in found if split.is_legal(num_tokens, n, k, processors)]
 
 
 @cache

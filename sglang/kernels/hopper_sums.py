@@ -1,6 +1,9 @@
 """What becomes of a transposed product's sums, in Gluon on Hopper: a group of warps has those of 64
-outputs with some tokens, and stores them; or they are a part of a tile's only, and the last ones to
-be written let every part's program add up those of some of the tokens, always in the same order.
+outputs with some tokens, and stores them; or they are a part of a tile's only, and every part's
+program adds up those of some of the tokens, always in the same order.
+
+Parts meet in memory, where each number says itself whether it is there, as in NCCL's protocol LL:
+no fence, no counter, whose ways to memory and back took longer than products of few tokens.
 """
 
 from __future__ import annotations
@@ -56,11 +59,14 @@ def store(sums, place, ADDS: gl.constexpr, first=0):
         gl.store(place.out_ptr + at, sums, mask=mask)
 
 
+EMPTY = gl.constexpr(-1)
+"""Four bytes in which no sum has been written: the bits of a NaN, but not of hardware's."""
+
+
 class Parts(NamedTuple):
     """Of a group's sums of one tile."""
 
-    sums_ptr: gl.tensor  # float32 [count, tokens / 8, 512]
-    counts_ptr: gl.tensor  # int32 [2], zeros: parts written, parts read
+    sums_ptr: gl.tensor  # float32 [count, tokens / 8, 512], EMPTY
     count: gl.tensor
     own: gl.tensor
 
@@ -68,12 +74,7 @@ class Parts(NamedTuple):
 _FOURS = gl.constexpr(gl.BlockedLayout([1, 4], [1, 32], [1, 4], [1, 0]))
 """Of [tokens / 8, 512], the sums of [OUTPUTS, tokens] in an order in which a thread's registers go
 out four at a time, and those of a warp side by side."""
-
-
-@gluon.jit
-def _in_fours(tokens: gl.constexpr):
-    row = gl.arange(0, tokens // 8, layout=gl.SliceLayout(1, _FOURS))
-    return row[:, None] * 512 + gl.arange(0, 512, layout=gl.SliceLayout(0, _FOURS))[None, :]
+_THREADS = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 
 
 @gluon.jit
@@ -83,30 +84,75 @@ def store_part(sums, parts):
     # outputs are (warp, register, lane), tokens are (register, lane, register)
     sums = sums.reshape([4, 2, 8, TOKENS // 8, 4, 2]).permute((3, 0, 2, 4, 1, 5))
     sums = gl.convert_layout(sums.reshape([TOKENS // 8, 512]), _FOURS, assert_trivial=True)
-    gl.store(parts.sums_ptr + parts.own * (TOKENS * OUTPUTS) + _in_fours(TOKENS), sums)
-    thread_barrier()  # all are written before the part is counted
-    gl.atomic_add(parts.counts_ptr, 1, sem="release")
+    row = gl.arange(0, TOKENS // 8, layout=gl.SliceLayout(1, _FOURS))
+    at = row[:, None] * 512 + gl.arange(0, 512, layout=gl.SliceLayout(0, _FOURS))[None, :]
+    gl.store(parts.sums_ptr + parts.own * (TOKENS * OUTPUTS) + at, sums)
+
+
+@gluon.constexpr_function
+def _take_asm(rows, parts, part_bytes):
+    """Reads a thread's fours of some rows, of all parts that there are, until none is EMPTY; leaves
+    EMPTY there; and adds up the parts. Its registers are four sums of each row, then a pointer to
+    the four of the first row and part, then how many parts there are."""
+    pointer, count = f"${4 * rows}", f"${4 * rows + 1}"
+    numbers = [f"v{i}" for i in range(4 * rows * parts)]
+    lines = [f".reg .b32 most, none, v<{len(numbers)}>;", f".reg .pred empty, there<{parts}>;"]
+    lines += ["mov.b32 none, -1;"]
+    lines += [f"mov.b32 {v}, 0;" for v in numbers]
+    lines += [f"setp.gt.s32 there{part}, {count}, {part};" for part in range(parts)]
+    loads, leaves = [], []
+    for i in range(rows * parts):
+        part, row = i // rows, i % rows
+        at = f"[{pointer} + {part * part_bytes + row * 2048}]"
+        four = ", ".join(numbers[4 * i : 4 * i + 4])
+        loads += [f"@there{part} ld.relaxed.gpu.global.v4.b32 {{{four}}}, {at};"]
+        leaves += [f"@there{part} st.global.v4.b32 {at}, {{none, none, none, none}};"]
+    lines += ["again:", *loads, "mov.b32 most, v0;"]
+    lines += [f"max.u32 most, most, {v};" for v in numbers]
+    lines += ["setp.eq.u32 empty, most, none;", "@empty bra again;", *leaves]
+    for i in range(4 * rows):
+        lines += [f"mov.b32 ${i}, v{i};"]
+        lines += [f"add.f32 ${i}, ${i}, v{i + part * 4 * rows};" for part in range(1, parts)]
+    return "{\n" + "\n".join(lines) + "\n}"
+
+
+@gluon.constexpr_function
+def _take_constraints(rows):
+    return ",".join(["=&f"] * (4 * rows) + ["l", "r"])
+
+
+@gluon.jit
+def _rows(fours):
+    """Four tensors [128] of each row -> [rows, 512]."""
+    COUNT: gl.constexpr = len(fours)
+    if COUNT == 4:
+        left, right = gl.join(fours[0], fours[2]), gl.join(fours[1], fours[3])
+        return gl.join(left, right).reshape([1, 512])
+    else:
+        first, second = _rows(fours[: COUNT // 2]), _rows(fours[COUNT // 2 :])
+        return gl.join(first, second).permute((2, 0, 1)).reshape([COUNT // 4, 512])
 
 
 @gluon.jit
 def add_up(parts, TOKENS: gl.constexpr, place, ADDS: gl.constexpr):
     """Waits for all parts, which must be under way: no more programs than the GPU runs at once.
     Stores every count-th chunk of the tokens."""
-    CHUNK: gl.constexpr = TOKENS // 4 if TOKENS >= 32 else 8
-    AT_ONCE: gl.constexpr = 4 if TOKENS >= 64 else 8  # parts that are asked for before one is added
-    while gl.atomic_add(parts.counts_ptr, 0, sem="acquire") < parts.count:
-        pass
-    thread_barrier()
+    CHUNK: gl.constexpr = TOKENS // 4 if TOKENS > 64 else 8
+    ROWS: gl.constexpr = CHUNK // 8
+    AT_ONCE: gl.constexpr = 8 if TOKENS <= 64 else 4
+    four = gl.arange(0, 128, layout=_THREADS) * 4
     for chunk in range(parts.own, TOKENS // CHUNK, parts.count):
-        at = parts.sums_ptr + chunk * (CHUNK * OUTPUTS) + _in_fours(CHUNK)
-        sums = gl.zeros([CHUNK // 8, 512], gl.float32, _FOURS)
+        sums = gl.zeros([ROWS, 512], gl.float32, _FOURS)
         for first in range(0, parts.count, AT_ONCE):
-            for i in gl.static_range(AT_ONCE):
-                is_there = gl.full(sums.shape, first + i, gl.int32, _FOURS) < parts.count
-                part = at + (first + i) * (TOKENS * OUTPUTS)
-                sums += gl.load(part, is_there, 0.0, cache_modifier=".cg")
-        sums = sums.reshape([CHUNK // 8, 4, 8, 4, 2, 2]).permute((1, 4, 2, 0, 3, 5))
+            at = parts.sums_ptr + (first * TOKENS + chunk * CHUNK) * OUTPUTS + four
+            fours = gl.inline_asm_elementwise(
+                _take_asm(ROWS, AT_ONCE, TOKENS * OUTPUTS * 4),
+                _take_constraints(ROWS),
+                [at.to(gl.int64), gl.full([128], parts.count - first, gl.int32, _THREADS)],
+                dtype=(gl.float32,) * (4 * ROWS),
+                is_pure=False,
+                pack=1,
+            )
+            sums += gl.convert_layout(_rows(fours), _FOURS, assert_trivial=True)
+        sums = sums.reshape([ROWS, 4, 8, 4, 2, 2]).permute((1, 4, 2, 0, 3, 5))
         store(sums.reshape([OUTPUTS, CHUNK]), place, ADDS, chunk * CHUNK)
-    if gl.atomic_add(parts.counts_ptr + 1, 1, sem="relaxed") == parts.count - 1:
-        gl.store(parts.counts_ptr, 0)
-        gl.store(parts.counts_ptr + 1, 0)

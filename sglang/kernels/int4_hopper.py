@@ -1,9 +1,9 @@
 """Products of two and more tokens with 4-bit weights (int4_weight.py), in Gluon on Hopper:
 y = x W^T + b, or added to what is there.
 
-A program (hopper_split_k.py) has three groups of warps: one loads, two multiply. Weights are
-dequantized into registers, from which tensor cores take them; while one group does so, the other
-multiplies. Both read the same inputs from shared memory.
+A program (hopper_split_k.py) has two groups of warps that multiply. Weights are dequantized into
+registers, from which tensor cores take them; while one group does so, the other multiplies. Both
+read the same inputs from shared memory.
 """
 
 from __future__ import annotations
@@ -19,18 +19,21 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from sglang.kernels.hopper import barriers, inside, load_tile, multiprocessors, room_for, tiles_of
 from sglang.kernels.hopper_split_k import (
     BLOCK_N,
     STEP,
     Plan,
+    Result,
     Split,
     Tile,
     choose_split,
     finish,
     item_at,
+    load_inputs,
+    next_stage,
     num_items,
     place_of,
 )
@@ -40,7 +43,8 @@ from sglang.kernels.int4_weight import Int4Weight
 
 
 class Ring(NamedTuple):
-    """As in hopper.py, of three tiles a stage. `free` takes an arrival of each group."""
+    """As in hopper.py, of three tiles a stage. `ready` takes an arrival of each warp that loads,
+    `free` one of each group that multiplies."""
 
     inputs: gl.shared_memory_descriptor  # [stages, BLOCK_M, STEP]
     words: gl.shared_memory_descriptor  # int16 [stages, BLOCK_N, STEP / 4]
@@ -53,37 +57,17 @@ class Ring(NamedTuple):
 
 
 @gluon.jit
-def _copy_weights(words, scales, ring, turn, step, n, GROUP: gl.constexpr):
-    i = turn % ring.inputs.shape[0]
-    load_tile(words, [n, step * (STEP // 4)], ring.ready.index(i), ring.words.index(i))
-    load_tile(scales, [step * STEP // GROUP, n], ring.ready.index(i), ring.scales.index(i))
-
-
-@gluon.jit
-def _load(x, words, scales, ring, plan, GROUP: gl.constexpr):
-    STAGES: gl.constexpr = ring.inputs.shape[0]
-    BLOCK_M: gl.constexpr = x.block_shape[0]
-    BYTES: gl.constexpr = x.block_type.nbytes + words.block_type.nbytes + scales.block_type.nbytes
+def _load_weights(words, scales, ring, plan, GROUP: gl.constexpr):
+    """They do not depend on the kernel before."""
     turn = 0
     for item in range(num_items(plan)):
-        own_m, own_n, first, end = item_at(item, plan, BLOCK_M)
-        m = inside(own_m, plan.num_tokens, BLOCK_M)
+        _m, own_n, first, end = item_at(item, plan, ring.inputs.shape[1])
         n = inside(own_n, plan.n, BLOCK_N)
-        early = 0
-        if item == 0:  # weights do not depend on the kernel before
-            early = gl.minimum(STAGES, end - first)
-            for i in range(early):
-                mbarrier.expect(ring.ready.index(i), BYTES)
-                _copy_weights(words, scales, ring, i, first + i, n, GROUP)
-            gdc_wait()
         for step in range(first, end):
-            i = turn % STAGES
-            ready = ring.ready.index(i)
-            mbarrier.wait(ring.free.index(i), (turn // STAGES & 1) ^ 1)
-            if turn >= early:
-                mbarrier.expect(ready, BYTES)
-                _copy_weights(words, scales, ring, turn, step, n, GROUP)
-            load_tile(x, [m, step * STEP], ready, ring.inputs.index(i))
+            i, ready = next_stage(ring, turn)
+            mbarrier.expect(ready, words.block_type.nbytes + scales.block_type.nbytes)
+            load_tile(words, [n, step * (STEP // 4)], ready, ring.words.index(i))
+            load_tile(scales, [step * STEP // GROUP, n], ready, ring.scales.index(i))
             turn += 1
 
 
@@ -91,10 +75,7 @@ def _load(x, words, scales, ring, plan, GROUP: gl.constexpr):
 
 
 @gluon.jit
-def _multiply(
-    half: gl.constexpr, bias_ptr, out_ptr, sums_ptr, counts_ptr, ring, plan, GROUP: gl.constexpr,
-    ADDS: gl.constexpr,
-):  # fmt: skip
+def _multiply(half: gl.constexpr, result, ring, plan, GROUP: gl.constexpr, ADDS: gl.constexpr):
     """Half of the outputs of each tile."""
     STAGES: gl.constexpr = ring.inputs.shape[0]
     BLOCK_M: gl.constexpr = ring.inputs.shape[1]
@@ -102,15 +83,15 @@ def _multiply(
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
     SCALES: gl.constexpr = scales_layout(ring.scales.shape[1])
     # With few tokens it is their sums that are scaled: they are fewer than weights.
-    SCALE_SUMS: gl.constexpr = BLOCK_M <= 64 and GROUP % STEP == 0
+    SCALE_SUMS: gl.constexpr = BLOCK_M <= 32 and GROUP % STEP == 0
     outputs = gl.arange(0, OUTPUTS, layout=gl.SliceLayout(1, ACC))
     turn = 0
     for item in range(num_items(plan)):
         own_m, own_n, first, end = item_at(item, plan, BLOCK_M)
-        place = place_of(half, out_ptr, plan, own_m, own_n, BLOCK_M)
+        place = place_of(half, result.out_ptr, plan, own_m, own_n, BLOCK_M)
         acc = gl.zeros([OUTPUTS, BLOCK_M], gl.float32, ACC)
-        if bias_ptr is not None:
-            bias = gl.load(bias_ptr + place.n + outputs).to(gl.float32)
+        if result.bias_ptr is not None:
+            bias = gl.load(result.bias_ptr + place.n + outputs).to(gl.float32)
             acc += gl.where(first == 0, bias, 0.0)[:, None]
         for _step in range(first, end):
             i = turn % STAGES
@@ -132,55 +113,58 @@ def _multiply(
                 acc = warpgroup_mma_wait(0, deps=(acc,))
             mbarrier.arrive(ring.free.index(i))
             turn += 1
-        finish(acc, item, half, plan, place, sums_ptr, counts_ptr, ADDS)
+        finish(acc, item, half, plan, place, result.sums_ptr, ADDS)
 
 
-@gluon.jit(do_not_specialize=["num_tokens", "steps", "rounds", "left", "splits"])
+@gluon.jit(do_not_specialize=["num_tokens", "steps", "part_steps", "rounds", "left"])
 def _int4_kernel(
     x,  # a descriptor of [T, K], tiles of [BLOCK_M, STEP]
     words,  # int16 [N, K / 4], tiles of [BLOCK_N, STEP / 4]
     scales,  # int32 [groups, N], tiles of [groups of a STEP, BLOCK_N]
     bias_ptr,
     out_ptr,  # [T, N]
-    sums_ptr,  # float32 [left, 2, splits, OUTPUTS BLOCK_M]
-    counts_ptr,  # int32 [left, 2, 2], zeros
+    sums_ptr,  # float32 [left, 2, splits, OUTPUTS BLOCK_M], EMPTY
     num_tokens,
     n,
     steps,
+    part_steps,
     rounds,
     left,
-    splits,
     GROUP: gl.constexpr,
     ADDS: gl.constexpr,
     STAGES: gl.constexpr,
+    ROOM: gl.constexpr,
 ):
     gdc_launch_dependents()
-    ready, free = barriers(STAGES, 1), barriers(STAGES, 2)
+    ready, free = barriers(STAGES, 2), barriers(STAGES, 2)
     ring = Ring(room_for(x, STAGES), room_for(words, STAGES), room_for(scales, STAGES), ready, free)
     fence_async_shared()  # the barriers are there before anyone waits
-    plan = Plan(num_tokens, n, steps, rounds, left, splits)
+    plan = Plan(num_tokens, n, steps, part_steps, rounds, left)
+    result = Result(bias_ptr, out_ptr, sums_ptr)
     FIRST: gl.constexpr = 0
     SECOND: gl.constexpr = 1
     gl.warp_specialize(
         [
-            (_multiply, (FIRST, bias_ptr, out_ptr, sums_ptr, counts_ptr, ring, plan, GROUP, ADDS)),
-            (_multiply, (SECOND, bias_ptr, out_ptr, sums_ptr, counts_ptr, ring, plan, GROUP, ADDS)),
-            (_load, (x, words, scales, ring, plan, GROUP)),
+            (_multiply, (FIRST, result, ring, plan, GROUP, ADDS)),
+            (_multiply, (SECOND, result, ring, plan, GROUP, ADDS)),
+            (load_inputs, (x, ring.inputs, ring, plan)),
+            (_load_weights, (words, scales, ring, plan, GROUP)),
         ],
-        [4, 1],
-        [232, 24],  # registers of a thread
-    )  # fmt: skip
+        [4, 1, 1],
+        [232 if ROOM == 1 else 104, 24, 24],  # registers of a thread
+    )
 
 
 # --- on the host ---------------------------------------------------------------------------------
 
 
 TILES = (  # on an H200
-    Tile(16, stages=8, start=1.2, step=0.41, load=0.002, parts=0.6, each_part=0.70),
-    Tile(32, stages=8, start=1.2, step=0.48, load=0.002, parts=1.2, each_part=0.65),
-    Tile(64, stages=6, start=1.4, step=0.55, load=0.002, parts=1.6, each_part=0.55),
-    Tile(128, stages=5, start=0.7, step=0.77, load=0.002, parts=3.6, each_part=0.68),
-    Tile(256, stages=3, start=0.5, step=1.30, load=0.002, parts=3.2, each_part=1.40),
+    Tile(16, stages=8, start=2.2, step=0.49, load=0.002, parts=0.9, each_part=0.05, of_two=0.71),
+    Tile(32, stages=6, start=1.1, step=0.65, load=0.002, parts=1.4, each_part=0.20, of_two=0.79),
+    Tile(64, stages=4, start=4.9, step=0.57, load=0.002, parts=0.6, each_part=0.18, of_two=0.96),
+    Tile(64, stages=6, start=2.4, step=0.55, load=0.002, parts=1.8, each_part=0.13),
+    Tile(128, stages=5, start=1.2, step=0.78, load=0.002, parts=4.1, each_part=0.18),
+    Tile(256, stages=3, start=0.0, step=1.33, load=0.002, parts=6.7, each_part=1.10),
 )
 
 
@@ -210,17 +194,19 @@ def int4_hopper_linear(
     if num_tokens == 0:
         return out
     split = split or choose_split(TILES, num_tokens, n, k, multiprocessors(x.device))
-    programs, room, plan = split.launch(num_tokens, n, k, x.device)
+    programs, sums, plan = split.launch(num_tokens, n, k, x.device)
     groups = max(STEP.value // w.group_size, 1)
 
-    _int4_kernel[(programs,)](
+    _int4_kernel[programs](
         tiles_of(x, [split.tile.block_m, STEP.value]),
         tiles_of(w.packed.view(torch.int16), [BLOCK_N.value, STEP.value // 4], 64),
         tiles_of(w.scales, [groups, BLOCK_N.value], 0),
-        bias, out, *room, *plan,
+        bias, out, sums, *plan,
         GROUP=w.group_size,
         ADDS=added is not None,
         STAGES=split.tile.stages,
+        ROOM=split.tile.room,
+        maxnreg=168 // split.tile.room // 8 * 8,
         num_warps=4,
         launch_pdl=True,
     )  # fmt: skip

@@ -1,5 +1,5 @@
 """Products with weights of 8 bits (quant_w8a8.py), int8 or FP8, and of 16, in Gluon on Hopper. A
-program (hopper_split_k.py) has three groups of warps: one loads, two multiply."""
+program (hopper_split_k.py) has two groups of warps that multiply."""
 
 from __future__ import annotations
 
@@ -30,11 +30,14 @@ from sglang.kernels.hopper_split_k import (
     BLOCK_N,
     STEP,
     Plan,
+    Result,
     Split,
     Tile,
     choose_split,
     finish,
     item_at,
+    load_inputs,
+    next_stage,
     num_items,
     place_of,
 )
@@ -47,38 +50,21 @@ class Scaling(NamedTuple):
 
 
 @gluon.jit
-def _load(x, weight, ring, plan):
-    STAGES: gl.constexpr = ring.tiles.shape[0]
-    BLOCK_M: gl.constexpr = x.block_shape[0]
-    BYTES: gl.constexpr = x.block_type.nbytes + weight.block_type.nbytes
+def _load_weights(weight, ring, plan):
+    """They do not depend on the kernel before."""
     turn = 0
     for item in range(num_items(plan)):
-        own_m, own_n, first, end = item_at(item, plan, BLOCK_M)
-        m = inside(own_m, plan.num_tokens, BLOCK_M)
+        _m, own_n, first, end = item_at(item, plan, ring.tiles.shape[1])
         n = inside(own_n, plan.n, BLOCK_N)
-        early = 0
-        if item == 0:  # weights do not depend on the kernel before
-            early = gl.minimum(STAGES, end - first)
-            for i in range(early):
-                _, weights, ready, _free, _parity = pair_stage(ring, i)
-                mbarrier.expect(ready, BYTES)
-                load_tile(weight, [n, (first + i) * STEP], ready, weights)
-            gdc_wait()
         for step in range(first, end):
-            inputs, weights, ready, free, parity = pair_stage(ring, turn)
-            mbarrier.wait(free, parity ^ 1)
-            if turn >= early:
-                mbarrier.expect(ready, BYTES)
-                load_tile(weight, [n, step * STEP], ready, weights)
-            load_tile(x, [m, step * STEP], ready, inputs)
+            i, ready = next_stage(ring, turn)
+            mbarrier.expect(ready, weight.block_type.nbytes)
+            load_tile(weight, [n, step * STEP], ready, ring.others.index(i))
             turn += 1
 
 
 @gluon.jit
-def _multiply(
-    half: gl.constexpr, scaling, bias_ptr, out_ptr, sums_ptr, counts_ptr, ring, plan,
-    ADDS: gl.constexpr,
-):  # fmt: skip
+def _multiply(half: gl.constexpr, scaling, result, ring, plan, ADDS: gl.constexpr):
     """Half of the outputs of each tile."""
     BLOCK_M: gl.constexpr = ring.tiles.shape[1]
     IS_INT: gl.constexpr = ring.tiles.dtype == gl.int8
@@ -93,7 +79,7 @@ def _multiply(
     turn = 0
     for item in range(num_items(plan)):
         own_m, own_n, first, end = item_at(item, plan, BLOCK_M)
-        place = place_of(half, out_ptr, plan, own_m, own_n, BLOCK_M)
+        place = place_of(half, result.out_ptr, plan, own_m, own_n, BLOCK_M)
         if scaling.scale_ptr is not None:
             m = gl.minimum(place.m + tokens, plan.num_tokens - 1)
             scales = gl.load(scaling.scale_ptr + place.n + outputs)
@@ -112,13 +98,13 @@ def _multiply(
         sums = acc.to(gl.float32)
         if scaling.scale_ptr is not None:
             sums = sums * x_scales[None, :] * scales[:, None]
-        if bias_ptr is not None:
-            bias = gl.load(bias_ptr + place.n + outputs).to(gl.float32)
+        if result.bias_ptr is not None:
+            bias = gl.load(result.bias_ptr + place.n + outputs).to(gl.float32)
             sums += gl.where(first == 0, bias, 0.0)[:, None]
-        finish(sums, item, half, plan, place, sums_ptr, counts_ptr, ADDS)
+        finish(sums, item, half, plan, place, result.sums_ptr, ADDS)
 
 
-@gluon.jit(do_not_specialize=["num_tokens", "steps", "rounds", "left", "splits"])
+@gluon.jit(do_not_specialize=["num_tokens", "steps", "part_steps", "rounds", "left"])
 def _linear_kernel(
     x,  # descriptors: of [T, K], tiles of [BLOCK_M, STEP]
     weight,  # [N, K], tiles of [BLOCK_N, STEP]
@@ -126,48 +112,43 @@ def _linear_kernel(
     scale_ptr,  # ...float32 [N], of 8-bit weights
     bias_ptr,
     out_ptr,  # [T, N]
-    sums_ptr,  # float32 [left, 2, splits, OUTPUTS BLOCK_M]
-    counts_ptr,  # int32 [left, 2, 2], zeros
+    sums_ptr,  # float32 [left, 2, splits, OUTPUTS BLOCK_M], EMPTY
     num_tokens,
     n,
     steps,
+    part_steps,
     rounds,
     left,
-    splits,
     ADDS: gl.constexpr,
     STAGES: gl.constexpr,
 ):
     gdc_launch_dependents()
-    ready, free = barriers(STAGES, 1), barriers(STAGES, 2)
+    ready, free = barriers(STAGES, 2), barriers(STAGES, 2)
     ring = PairRing(room_for(x, STAGES), room_for(weight, STAGES), ready, free)
     fence_async_shared()  # the barriers are there before anyone waits
-    plan = Plan(num_tokens, n, steps, rounds, left, splits)
+    plan = Plan(num_tokens, n, steps, part_steps, rounds, left)
     scaling = Scaling(x_scale_ptr, scale_ptr)
+    result = Result(bias_ptr, out_ptr, sums_ptr)
     FIRST: gl.constexpr = 0
     SECOND: gl.constexpr = 1
     gl.warp_specialize(
         [
-            (
-                _multiply,
-                (FIRST, scaling, bias_ptr, out_ptr, sums_ptr, counts_ptr, ring, plan, ADDS),
-            ),
-            (
-                _multiply,
-                (SECOND, scaling, bias_ptr, out_ptr, sums_ptr, counts_ptr, ring, plan, ADDS),
-            ),
-            (_load, (x, weight, ring, plan)),
+            (_multiply, (FIRST, scaling, result, ring, plan, ADDS)),
+            (_multiply, (SECOND, scaling, result, ring, plan, ADDS)),
+            (load_inputs, (x, ring.tiles, ring, plan)),
+            (_load_weights, (weight, ring, plan)),
         ],
-        [4, 1],
-        [232, 24],  # registers of a thread
+        [4, 1, 1],
+        [232, 24, 24],  # registers of a thread
     )  # fmt: skip
 
 
 TILES = (  # on an H200
-    Tile(16, stages=8, start=2.3, step=0.18, load=0.004, parts=2.5, each_part=0.0),
-    Tile(32, stages=8, start=2.7, step=0.18, load=0.004, parts=2.5, each_part=0.0),
-    Tile(64, stages=8, start=3.1, step=0.18, load=0.004, parts=2.6, each_part=0.0),
-    Tile(128, stages=6, start=1.5, step=0.38, load=0.004, parts=3.9, each_part=0.5),
-    Tile(256, stages=4, start=0.7, step=0.74, load=0.004, parts=6.0, each_part=0.9),
+    Tile(16, stages=8, start=1.7, step=0.25, load=0.0036, parts=1.2, each_part=0.00),
+    Tile(32, stages=8, start=2.5, step=0.22, load=0.0036, parts=1.8, each_part=0.02),
+    Tile(64, stages=8, start=3.4, step=0.21, load=0.0036, parts=3.3, each_part=0.05),
+    Tile(128, stages=6, start=3.2, step=0.37, load=0.0036, parts=2.1, each_part=0.97),
+    Tile(256, stages=4, start=2.9, step=0.72, load=0.0036, parts=2.3, each_part=2.35),
 )
 
 
@@ -194,11 +175,11 @@ def _launch(
     split: Split,
 ) -> torch.Tensor:
     (num_tokens, k), n = x.shape, weight.shape[0]
-    programs, room, plan = split.launch(num_tokens, n, k, x.device)
-    _linear_kernel[(programs,)](
+    programs, sums, plan = split.launch(num_tokens, n, k, x.device)
+    _linear_kernel[programs](
         tiles_of(x, [split.tile.block_m, STEP.value]),
         tiles_of(weight, [BLOCK_N.value, STEP.value]),
-        *scales, bias, out, *room, *plan,
+        *scales, bias, out, sums, *plan,
         ADDS=adds,
         STAGES=split.tile.stages,
         num_warps=4,

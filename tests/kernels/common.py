@@ -55,7 +55,7 @@ def int32(values: object) -> torch.Tensor:
 
 
 def any_split(rng: random.Random, tile: Tile, tokens: int, n: int, k: int) -> Split:
-    """So many parts as leave each program one at most."""
-    left = Split(tile, 1).shares(tokens, n, hopper.multiprocessors(DEVICE))[1]
-    most = hopper.multiprocessors(DEVICE) // max(left, 1)
-    return Split(tile, rng.randint(1, max(min(most, k // 128), 1)))
+    """As many programs as a GPU has room for, and as many parts."""
+    shape = (tokens, n, k, hopper.multiprocessors(DEVICE))
+    splits = (Split(tile, s, rng.randint(1, tile.room)) for s in range(1, k // 128 + 1))
+    return rng.choice([split for split in splits if split.is_legal(*shape)])

@@ -17,6 +17,7 @@ hopper = int4.hopper
 if hopper is None:
     pytest.skip("needs Gluon", allow_module_level=True)
 
+from sglang.kernels import hopper_split_k  # noqa: E402
 from sglang.kernels.hopper_split_k import Split, Tile  # noqa: E402
 
 
@@ -27,7 +28,9 @@ def expected(x: torch.Tensor, w: Int4Weight, bias: torch.Tensor | None) -> torch
 
 
 @on_hopper
-@pytest.mark.parametrize("tile", hopper.TILES, ids=lambda tile: f"{tile.block_m} tokens")
+@pytest.mark.parametrize(
+    "tile", hopper.TILES, ids=lambda t: f"{t.block_m} tokens, {t.stages} stages"
+)
 @pytest.mark.parametrize(
     "group, dtype",
     [
@@ -60,12 +63,16 @@ def test_full_rounds_and_parts_of_any_number_in_one_launch() -> None:
     x = randn(256 - 3, 2048, dtype=torch.float16) / 2048**0.5
     for splits in range(1, 9):
         split = Split(hopper.TILES[-1], splits)
-        assert split.shares(len(x), w.packed.shape[0], processors) == (1, 16)
-        assert_close(hopper.int4_hopper_linear(x, w, None, split), expected(x, w, None))
+        columns, rounds, left = split.shares(len(x), w.packed.shape[0], processors)
+        assert (rounds, left) == (1, processors + 16 - columns * splits)
+        if left <= columns:
+            assert_close(hopper.int4_hopper_linear(x, w, None, split), expected(x, w, None))
 
 
 @on_hopper
-@pytest.mark.parametrize("tile", hopper.TILES, ids=lambda tile: f"{tile.block_m} tokens")
+@pytest.mark.parametrize(
+    "tile", hopper.TILES, ids=lambda t: f"{t.block_m} tokens, {t.stages} stages"
+)
 def test_adds_to_what_is_there_wherever_tiles_overlap(tile: Tile) -> None:
     rng = random.Random(tile.block_m)
     torch.manual_seed(0)
@@ -80,6 +87,25 @@ def test_adds_to_what_is_there_wherever_tiles_overlap(tile: Tile) -> None:
             added = there.clone()
             assert hopper.int4_hopper_linear(x, w, None, splits, added) is added
             assert_close(added, there + expected(x, w, None))
+
+
+@on_hopper
+@pytest.mark.parametrize(
+    "tile", hopper.TILES, ids=lambda t: f"{t.block_m} tokens, {t.stages} stages"
+)
+@pytest.mark.parametrize("bits", [-1, 0x7F80])
+def test_parts_that_are_no_numbers_are_not_waited_for(tile: Tile, bits: int) -> None:
+    """A NaN of ones alone, as which parts wait to be written, and what becomes infinite."""
+    torch.manual_seed(0)
+    w = random_int4(256, 1024, 128, torch.bfloat16)
+    x = torch.full((tile.block_m, 1024), bits, dtype=torch.int16, device="cuda").view(
+        torch.bfloat16
+    )
+    for splits in (2, 8):
+        out = hopper.int4_hopper_linear(x, w, None, Split(tile, splits))
+        assert not out.isfinite().any()
+    sums = hopper_split_k._empty_sums(x.device, 1 << 15)
+    assert torch.equal(sums.view(torch.int32), torch.full_like(sums, -1, dtype=torch.int32))
 
 
 @on_hopper

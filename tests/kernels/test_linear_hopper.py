@@ -14,6 +14,7 @@ from tests.kernels.common import any_split, assert_close, on_hopper, randn
 pytest.importorskip("sglang.kernels.linear_hopper", reason="needs Gluon", exc_type=ImportError)
 
 from sglang.kernels import linear as dispatch
+from sglang.kernels.hopper_split_k import Split
 from sglang.kernels.linear_hopper import TILES, TILES_OF_16_BITS, linear_hopper, w8a8_hopper
 
 
@@ -21,7 +22,7 @@ from sglang.kernels.linear_hopper import TILES, TILES_OF_16_BITS, linear_hopper,
 @pytest.mark.parametrize(
     "format, dtype", [(torch.int8, torch.float16), (torch.float8_e4m3fn, torch.bfloat16)]
 )
-@pytest.mark.parametrize("tile", TILES, ids=lambda tile: f"{tile.block_m} tokens")
+@pytest.mark.parametrize("tile", TILES, ids=lambda t: f"{t.block_m} tokens, {t.stages} stages")
 def test_agrees_with_its_twin_and_with_itself(tile, format, dtype) -> None:
     rng = random.Random(tile.block_m)
     torch.manual_seed(0)
@@ -43,7 +44,9 @@ def test_agrees_with_its_twin_and_with_itself(tile, format, dtype) -> None:
 
 @on_hopper
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("tile", TILES_OF_16_BITS, ids=lambda tile: f"{tile.block_m} tokens")
+@pytest.mark.parametrize(
+    "tile", TILES_OF_16_BITS, ids=lambda t: f"{t.block_m} tokens, {t.stages} stages"
+)
 def test_of_16_bits_agrees_with_torch_and_with_itself(tile, dtype) -> None:
     rng = random.Random(tile.block_m)
     torch.manual_seed(0)
@@ -61,6 +64,21 @@ def test_of_16_bits_agrees_with_torch_and_with_itself(tile, dtype) -> None:
         added = there.clone()
         assert linear_hopper(x, w, bias, added, split) is added
         assert_close(added, there + expected)
+
+
+@on_hopper
+def test_parts_that_are_no_numbers_are_not_waited_for() -> None:
+    """A NaN of ones alone, as which parts wait to be written."""
+    torch.manual_seed(0)
+    x = torch.full((20, 1024), -1, dtype=torch.int16, device="cuda").view(torch.bfloat16)
+    out = linear_hopper(
+        x, randn(256, 1024, dtype=torch.bfloat16), split=Split(TILES_OF_16_BITS[0], 4)
+    )
+    assert out.isnan().all()
+    x, scales = torch.full((20, 1024), -1, dtype=torch.int8, device="cuda"), torch.ones(20).cuda()
+    w = torch.ones(256, 1024, device="cuda").to(torch.float8_e4m3fn), torch.ones(256).cuda()
+    x = x.view(torch.float8_e4m3fn)
+    assert w8a8_hopper(x, scales, *w, torch.float16, None, Split(TILES[1], 4)).isnan().all()
 
 
 @on_hopper
