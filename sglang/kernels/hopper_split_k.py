@@ -1,9 +1,10 @@
 """How products on Hopper are shared out (int4_hopper.py, linear_hopper.py), in Gluon.
 
 They are transposed (out^T = W x^T): tiles have 128 outputs, 64 of either of two groups of warps,
-and some tokens. Programs are persistent, one for each SM. Of what does not fill them evenly, the
-tiles behind the last full round, each is split along K into as many parts as leave every program
-one at most.
+and some tokens. Programs are persistent, one for each SM; or two, whose waiting for memory, for
+tensor cores and for each other overlaps, if tiles have few tokens. Of what does not fill them
+evenly, the tiles behind the last full round, each is split along K into as many parts as leave
+every program one at most.
 """
 
 from __future__ import annotations
@@ -134,12 +135,8 @@ class Tile:
     """What they take, with..."""
     each_part: float
     """...each of a tile's parts."""
-    of_two: float = 0.0
-    """A step of programs that share an SM, if there is room for two."""
-
-    @property
-    def room(self) -> int:
-        return 2 if self.of_two else 1
+    per_sm: int = 1
+    """Programs. There is room for no more: the GPU would lay two on one SM, and none on others."""
 
 
 @dataclass(frozen=True)
@@ -147,13 +144,11 @@ class Split:
     tile: Tile
     splits: int
     """Of the tiles behind the last full round of all programs."""
-    per_sm: int = 1
-    """Programs. Where there is room for one more, the next kernel's loads its first weights."""
 
     def shares(self, num_tokens: int, n: int, processors: int) -> tuple[int, int, int]:
         """(columns of programs, full rounds, tiles left)."""
         tiles = triton.cdiv(num_tokens, self.tile.block_m) * triton.cdiv(n, BLOCK_N.value)
-        columns = processors * self.per_sm // self.splits
+        columns = processors * self.tile.per_sm // self.splits
         rounds, left = divmod(tiles, columns * self.splits)
         return columns if rounds else left, rounds, left
 
@@ -161,7 +156,7 @@ class Split:
         """Programs wait for those with the other parts: all are there, and none is empty."""
         left = self.shares(num_tokens, n, processors)[2]
         steps = triton.cdiv(k, STEP.value)
-        all_there = left * self.splits <= processors * self.per_sm
+        all_there = left * self.splits <= processors * self.tile.per_sm
         return all_there and (self.splits - 1) * triton.cdiv(steps, self.splits) < steps
 
     def estimate(self, num_tokens: int, n: int, k: int, processors: int) -> float:
@@ -171,8 +166,8 @@ class Split:
 
         def run(steps: int, programs: int) -> float:
             """So many programs at once, of which those with other tokens share weights."""
-            step = tile.step if programs <= processors else tile.of_two
-            return steps * max(step, programs * tile.load / triton.cdiv(num_tokens, tile.block_m))
+            load = programs * tile.load / triton.cdiv(num_tokens, tile.block_m)
+            return steps * max(tile.step, load)
 
         took = tile.start + run(rounds * steps, columns * self.splits)
         if left:
@@ -212,9 +207,8 @@ def possible_splits(
     found = []
     for tile in tiles:
         if tile.block_m == enough or least <= tile.block_m < enough:
-            for per_sm in range(1, tile.room + 1):
-                most = min(processors * per_sm, k // STEP.value // 2)
-                found += [Split(tile, splits, per_sm) for splits in range(1, max(most, 1) + 1)]
+            most = min(processors * tile.per_sm, k // STEP.value // 2)
+            found += [Split(tile, splits) for splits in range(1, max(most, 1) + 1)]
     return [split for split in found if split.is_legal(num_tokens, n, k, processors)]
 
 
@@ -223,4 +217,5 @@ def choose_split(
     tiles: tuple[Tile, ...], num_tokens: int, n: int, k: int, processors: int
 ) -> Split:
     shape = (num_tokens, n, k, processors)
-    return min(possible_splits(tiles, *shape), key=lambda split: split.estimate(*shape))
+    possible = possible_splits(tiles, *shape)
+    return min(possible, key=lambda split: (round(split.estimate(*shape), 2), split.splits))

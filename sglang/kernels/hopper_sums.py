@@ -60,7 +60,9 @@ def store(sums, place, ADDS: gl.constexpr, first=0):
 
 
 EMPTY = gl.constexpr(-1)
-"""Four bytes in which no sum has been written: the bits of a NaN, but not of hardware's."""
+"""Four bytes in which no sum has been written: the bits of a NaN."""
+_NAN = gl.constexpr(0x7FFFFFFF)
+"""Another one, which hardware makes."""
 
 
 class Parts(NamedTuple):
@@ -84,6 +86,8 @@ def store_part(sums, parts):
     # outputs are (warp, register, lane), tokens are (register, lane, register)
     sums = sums.reshape([4, 2, 8, TOKENS // 8, 4, 2]).permute((3, 0, 2, 4, 1, 5))
     sums = gl.convert_layout(sums.reshape([TOKENS // 8, 512]), _FOURS, assert_trivial=True)
+    sums = sums.to(gl.int32, bitcast=True)
+    sums = gl.where(sums == EMPTY, _NAN, sums).to(gl.float32, bitcast=True)
     row = gl.arange(0, TOKENS // 8, layout=gl.SliceLayout(1, _FOURS))
     at = row[:, None] * 512 + gl.arange(0, 512, layout=gl.SliceLayout(0, _FOURS))[None, :]
     gl.store(parts.sums_ptr + parts.own * (TOKENS * OUTPUTS) + at, sums)

@@ -133,7 +133,7 @@ def _int4_kernel(
     GROUP: gl.constexpr,
     ADDS: gl.constexpr,
     STAGES: gl.constexpr,
-    ROOM: gl.constexpr,
+    PER_SM: gl.constexpr,
 ):
     gdc_launch_dependents()
     ready, free = barriers(STAGES, 2), barriers(STAGES, 2)
@@ -151,7 +151,7 @@ def _int4_kernel(
             (_load_weights, (words, scales, ring, plan, GROUP)),
         ],
         [4, 1, 1],
-        [232 if ROOM == 1 else 104, 24, 24],  # registers of a thread
+        [232 if PER_SM == 1 else 104, 24, 24],  # registers of a thread
     )
 
 
@@ -159,12 +159,14 @@ def _int4_kernel(
 
 
 TILES = (  # on an H200
-    Tile(16, stages=8, start=2.2, step=0.49, load=0.002, parts=0.9, each_part=0.05, of_two=0.71),
-    Tile(32, stages=6, start=1.1, step=0.65, load=0.002, parts=1.4, each_part=0.20, of_two=0.79),
-    Tile(64, stages=4, start=4.9, step=0.57, load=0.002, parts=0.6, each_part=0.18, of_two=0.96),
-    Tile(64, stages=6, start=2.4, step=0.55, load=0.002, parts=1.8, each_part=0.13),
-    Tile(128, stages=5, start=1.2, step=0.78, load=0.002, parts=4.1, each_part=0.18),
-    Tile(256, stages=3, start=0.0, step=1.33, load=0.002, parts=6.7, each_part=1.10),
+    Tile(16, stages=8, start=2.2, step=0.65, load=0.002, parts=0.9, each_part=0.10, per_sm=2),
+    Tile(16, stages=8, start=1.7, step=0.44, load=0.002, parts=0.9, each_part=0.14),
+    Tile(32, stages=6, start=2.6, step=0.66, load=0.002, parts=0.9, each_part=0.17, per_sm=2),
+    Tile(32, stages=8, start=1.7, step=0.46, load=0.002, parts=2.1, each_part=0.02),
+    Tile(64, stages=4, start=1.8, step=0.95, load=0.002, parts=2.3, each_part=0.38, per_sm=2),
+    Tile(64, stages=6, start=3.1, step=0.53, load=0.002, parts=1.8, each_part=0.03),
+    Tile(128, stages=5, start=0.9, step=0.78, load=0.002, parts=3.9, each_part=0.27),
+    Tile(256, stages=3, start=0.1, step=1.32, load=0.002, parts=4.5, each_part=1.66),
 )
 
 
@@ -205,8 +207,8 @@ def int4_hopper_linear(
         GROUP=w.group_size,
         ADDS=added is not None,
         STAGES=split.tile.stages,
-        ROOM=split.tile.room,
-        maxnreg=168 // split.tile.room // 8 * 8,
+        PER_SM=split.tile.per_sm,
+        maxnreg=168 // split.tile.per_sm // 8 * 8,
         num_warps=4,
         launch_pdl=True,
     )  # fmt: skip

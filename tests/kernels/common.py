@@ -55,7 +55,7 @@ def int32(values: object) -> torch.Tensor:
 
 
 def any_split(rng: random.Random, tile: Tile, tokens: int, n: int, k: int) -> Split:
-    """As many programs as a GPU has room for, and as many parts."""
+    """Any number of parts that the GPU has room for."""
     shape = (tokens, n, k, hopper.multiprocessors(DEVICE))
-    splits = (Split(tile, s, rng.randint(1, tile.room)) for s in range(1, k // 128 + 1))
+    splits = (Split(tile, s) for s in range(1, k // 128 + 1))
     return rng.choice([split for split in splits if split.is_legal(*shape)])

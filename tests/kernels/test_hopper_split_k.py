@@ -23,7 +23,7 @@ def test_items_are_all_steps_of_all_tiles_once(seed: int, monkeypatch) -> None:
     tiles = rng.choice([int4_hopper.TILES, linear_hopper.TILES])
     split = rng.choice(possible_splits(tiles, num_tokens, n, k, processors))
     columns, rounds, left = split.shares(num_tokens, n, processors)
-    assert columns * split.splits <= processors * split.per_sm
+    assert columns * split.splits <= processors * split.tile.per_sm
     at = [0, 0]
     host = SimpleNamespace(
         maximum=max, minimum=min, where=lambda c, a, b: a if c else b, cdiv=lambda a, b: -(-a // b),
@@ -65,8 +65,8 @@ def test_the_choice_is_legal_and_has_the_least_estimate(seed: int, tiles: tuple)
     "bits, tokens, n, k, block_m, splits",
     [
         (4, 2, 4096, 4096, 16, 8), (4, 16, 12288, 4096, 16, 2), (4, 32, 4096, 11008, 32, 8),
-        (4, 64, 22016, 4096, 64, 3), (4, 128, 4096, 4096, 128, 4), (4, 256, 4096, 4096, 128, 2),
-        (4, 256, 12288, 4096, 256, 1), (4, 256, 4096, 11008, 128, 2),
+        (4, 16, 22016, 4096, 16, 3), (4, 64, 22016, 4096, 64, 3), (4, 128, 4096, 4096, 128, 4),
+        (4, 256, 4096, 4096, 128, 2), (4, 256, 12288, 4096, 256, 1), (4, 256, 4096, 11008, 128, 2),
         (4, 2048, 12288, 4096, 256, 1),
         (8, 8, 12288, 4096, 16, 1), (8, 64, 4096, 4096, 64, 1), (8, 128, 4096, 4096, 64, 1),
         (8, 256, 4096, 4096, 64, 1), (8, 256, 22016, 4096, 128, 1), (8, 256, 4096, 11008, 64, 1),
@@ -87,4 +87,4 @@ def test_programs_that_would_wait_forever_are_not_launched(
 ) -> None:
     monkeypatch.setattr(hopper_split_k, "multiprocessors", lambda _: 132)
     with pytest.raises(AssertionError, match="wait forever"):  # of 32 tiles
-        Split(int4_hopper.TILES[0], splits).launch(16, 4096, k, torch.device("cpu"))
+        Split(linear_hopper.TILES[0], splits).launch(16, 4096, k, torch.device("cpu"))
