@@ -92,6 +92,9 @@ class ModelConfig:
             values = _read_json(path / "config.json")
             generation = _read_json(path / "generation_config.json", required=False)
         config = cls.from_hf(values, generation)
+        tokenizer = Path(args.tokenizer_path or path).expanduser()
+        if tokenizer.is_dir():
+            config.eos_token_ids = _ends(list(config.eos_token_ids), _tokenizer_end(tokenizer))
         config.path = str(path)
         config.name = args.served_model_name or name
         config.load_format = load_format
@@ -405,6 +408,22 @@ def _ends(*ids: int | list[int] | None) -> tuple[int, ...]:
     """Whatever one file says ends a reply: often they differ, and one is older."""
     lists = [each if isinstance(each, list) else [] if each is None else [each] for each in ids]
     return tuple(dict.fromkeys(id for each in lists for id in each))
+
+
+def _tokenizer_end(folder: Path) -> int | None:
+    """What a tokenizer calls the end of a sequence, as SGLang looks at it, too: who teaches a model
+    another format of chats may change it there alone."""
+    config = _read_json(folder / "tokenizer_config.json", required=False)
+    end = config.get("eos_token")
+    end = end.get("content") if isinstance(end, dict) else end
+    ids = {
+        token.get("content"): int(id)
+        for id, token in config.get("added_tokens_decoder", {}).items()
+    }
+    if end not in ids:
+        tokenizer = _read_json(folder / "tokenizer.json", required=False)
+        ids = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
+    return ids.get(end)
 
 
 _GGUF_ENDS = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<end_of_turn>", "<|end|>")

@@ -66,6 +66,20 @@ def test_generation_config_gives_sampling_defaults_and_ends(tmp_path):
     assert config.eos_token_ids == (7, 2, 3), "either file may be right"
 
 
+@pytest.mark.parametrize("name", ["<|im_end|>", {"content": "<|im_end|>", "lstrip": False}])
+@pytest.mark.parametrize("in_config", [True, False])
+def test_a_tokenizers_own_end_is_one(tmp_path, name, in_config):
+    ids = {"added_tokens_decoder": {"6": {"content": "<s>"}, "7": {"content": "<|im_end|>"}}}
+    config = {"eos_token": name, **(ids if in_config else {})}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = {"added_tokens": [{"id": 7, "content": "<|im_end|>"}]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({} if in_config else tokenizer))
+    assert load(tmp_path).eos_token_ids == (2, 3, 7)
+    elsewhere = tmp_path / "tokenizer"
+    elsewhere.mkdir()
+    assert load(tmp_path, tokenizer_path=str(elsewhere)).eos_token_ids == (2, 3)
+
+
 def test_stretched_contexts():
     def of(**rope):
         return ModelConfig.from_hf({**LLAMA, "rope_scaling": rope}).context_len
