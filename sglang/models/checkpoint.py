@@ -123,13 +123,7 @@ class SafetensorsCheckpoint(Checkpoint):
             self._files.append(file)
             names = file.keys()
             self._slices |= {n: file.get_slice(n) for n in names if wanted is None or n in wanted}
-        if (
-            "embed_tokens.weight" in self._slices
-        ):  # Qwen3-Embedding's: a decoder without its wrapper
-            self._slices = {
-                name if name.startswith("lm_head.") else f"model.{name}": slice
-                for name, slice in self._slices.items()
-            }
+        self._slices = _in_wrapper(self._slices)
         super().__init__(self._slices, show_progress)
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -152,6 +146,7 @@ class TorchCheckpoint(Checkpoint):
                 for name, tensor in tensors.items()
                 if isinstance(tensor, torch.Tensor) and (wanted is None or name in wanted)
             }
+        self._tensors = _in_wrapper(self._tensors)
         super().__init__(self._tensors, show_progress)
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -159,6 +154,13 @@ class TorchCheckpoint(Checkpoint):
 
     def _read(self, out: torch.Tensor, name: str, index: tuple[slice, ...]) -> None:
         out.copy_(self._tensors[name][index])
+
+
+def _in_wrapper(tensors: dict[str, Any]) -> dict[str, Any]:
+    """By the names of a whole model, if they are those of a decoder alone (Qwen3-Embedding's)."""
+    if "embed_tokens.weight" not in tensors:
+        return tensors
+    return {n if n.startswith("lm_head.") else f"model.{n}": t for n, t in tensors.items()}
 
 
 def _torch_load(path: Path) -> dict[str, torch.Tensor]:

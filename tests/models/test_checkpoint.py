@@ -78,6 +78,9 @@ def test_a_decoder_without_the_names_of_its_wrapper(tmp_path):
     bare = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
     save_file(bare, tmp_path / "model.safetensors")
     tiny.assert_same_logits(tiny.load(tmp_path)[0], tied)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(bare, tmp_path / "pytorch_model.bin")
+    tiny.assert_same_logits(tiny.load(tmp_path)[0], tied)
 
 
 def test_what_follows_from_the_configuration_may_be_left_over(llama, tmp_path):
