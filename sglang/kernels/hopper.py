@@ -97,10 +97,19 @@ def pair_stage(ring, turn):
 
 
 @gluon.jit
+def next_stage(ring, turn):
+    """Waits until the stage whose turn it is may be loaded: (its number, `ready`)."""
+    STAGES: gl.constexpr = ring.free.shape[0]
+    i = turn % STAGES
+    mbarrier.wait(ring.free.index(i), (turn // STAGES & 1) ^ 1)
+    return i, ring.ready.index(i)
+
+
+@gluon.jit
 def tile_at(tile, num_tokens, n, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
     """First token and first output of a tile of a product. Programs that run together have 2048
-    tokens in common with several tiles of outputs: both are in L2. A division takes hundreds of
-    cycles, before which nothing is loaded, so there are none that could be spared."""
+    tokens in common with several tiles of outputs: both are in L2. It divides only if it must:
+    nothing is loaded before, and a division takes hundreds of cycles."""
     HEIGHT: gl.constexpr = 2048 // BLOCK_M
     tiles_m = gl.cdiv(num_tokens, BLOCK_M)
     row = 0

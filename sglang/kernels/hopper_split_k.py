@@ -20,13 +20,15 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.language.extra.cuda import gdc_wait
 
-from sglang.kernels.hopper import inside, load_tile, multiprocessors, tile_at
+from sglang.kernels.hopper import inside, load_tile, multiprocessors, next_stage, tile_at
 from sglang.kernels.hopper_sums import EMPTY, OUTPUTS, Parts, Place, add_up, store, store_part
 
 BLOCK_N = gl.constexpr(128)
 """Outputs of a tile."""
 STEP = gl.constexpr(128)
 """Inputs that are loaded and multiplied at a time."""
+MOST_TOKENS = 256
+"""Of a tile; those of two programs on an SM have half as many at most."""
 
 
 class Plan(NamedTuple):
@@ -65,15 +67,6 @@ def item_at(i, plan, BLOCK_M: gl.constexpr):
     end = gl.minimum(first + gl.where(is_whole, plan.steps, plan.part_steps), plan.steps)
     m, n = tile_at(tile, plan.num_tokens, plan.n, BLOCK_M, BLOCK_N)
     return m, n, first, end
-
-
-@gluon.jit
-def next_stage(ring, turn):
-    """Waits until the stage whose turn it is may be loaded: (its number, `ready`)."""
-    STAGES: gl.constexpr = ring.free.shape[0]
-    i = turn % STAGES
-    mbarrier.wait(ring.free.index(i), (turn // STAGES & 1) ^ 1)
-    return i, ring.ready.index(i)
 
 
 @gluon.jit
@@ -154,10 +147,11 @@ class Split:
 
     def is_legal(self, num_tokens: int, n: int, k: int, processors: int) -> bool:
         """Programs wait for those with the other parts: all are there, and none is empty."""
-        left = self.shares(num_tokens, n, processors)[2]
+        programs = processors * self.tile.per_sm
         steps = triton.cdiv(k, STEP.value)
-        all_there = left * self.splits <= processors * self.tile.per_sm
-        return all_there and (self.splits - 1) * triton.cdiv(steps, self.splits) < steps
+        if self.splits > programs or (self.splits - 1) * triton.cdiv(steps, self.splits) >= steps:
+            return False
+        return self.shares(num_tokens, n, processors)[2] * self.splits <= programs
 
     def estimate(self, num_tokens: int, n: int, k: int, processors: int) -> float:
         """Microseconds."""
@@ -184,30 +178,31 @@ class Split:
         assert self.is_legal(num_tokens, n, k, processors), "programs would wait forever"
         columns, rounds, left = self.shares(num_tokens, n, processors)
         steps = triton.cdiv(k, STEP.value)
-        size = left * self.splits * BLOCK_N.value * self.tile.block_m if self.splits > 1 else 0
-        sums = _empty_sums(device, max(1 << 15, triton.next_power_of_2(size)))
         plan = (num_tokens, n, steps, triton.cdiv(steps, self.splits), rounds, left)
-        return (self.splits, columns), sums, plan
+        return (self.splits, columns), empty_sums(device), plan
 
 
 @cache
-def _empty_sums(device: torch.device, count: int) -> torch.Tensor:
-    """Every launch leaves them as they are, and the launches of one stream share them."""
-    return torch.full((count,), EMPTY.value, dtype=torch.int32, device=device).view(torch.float32)
+def empty_sums(device: torch.device) -> torch.Tensor:
+    """Room for all parts that there can be at once. Every launch leaves it EMPTY, and the launches
+    of one stream share it."""
+    shape = (multiprocessors(device), MOST_TOKENS * BLOCK_N.value)
+    return torch.full(shape, EMPTY.value, dtype=torch.int32, device=device).view(torch.float32)
 
 
 def possible_splits(
     tiles: tuple[Tile, ...], num_tokens: int, n: int, k: int, processors: int
 ) -> list[Split]:
-    """With the smallest tiles that hold all tokens, or with smaller ones if there are many. Parts
-    have two steps or more."""
+    """With the smallest tiles that hold all tokens; if there are more than 64, with those of fewer,
+    too, but of 64 at least (of 128 from 257 tokens on). Parts have two steps or more."""
     sizes = sorted({tile.block_m for tile in tiles})
     enough = next((size for size in sizes if size >= num_tokens), sizes[-1])
     least = 64 if num_tokens <= 256 else 128
     found = []
     for tile in tiles:
         if tile.block_m == enough or least <= tile.block_m < enough:
-            most = min(processors * tile.per_sm, k // STEP.value // 2)
+            left = Split(tile, 1).shares(num_tokens, n, processors)[2]
+            most = min(processors * tile.per_sm // max(left, 1), k // STEP.value // 2)
             found += [Split(tile, splits) for splits in range(1, max(most, 1) + 1)]
     return [split for split in found if split.is_legal(num_tokens, n, k, processors)]
 

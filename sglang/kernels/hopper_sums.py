@@ -1,6 +1,6 @@
 """What becomes of a transposed product's sums, in Gluon on Hopper: a group of warps has those of 64
-outputs with some tokens, and stores them; or they are a part of a tile's only, and every part's
-program adds up those of some of the tokens, always in the same order.
+outputs with some tokens, and stores them; or they are a part of a tile's only, and the parts'
+programs share out the tokens and add them up, always in the same order.
 
 Parts meet in memory, where each number says itself whether it is there, as in NCCL's protocol LL:
 no fence, no counter, whose ways to memory and back took longer than products of few tokens.
@@ -12,9 +12,6 @@ from typing import NamedTuple
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-
-# In Triton 3.9 it is `barrier`.
-thread_barrier = getattr(gl, "thread_barrier", None) or gl.barrier
 
 OUTPUTS = gl.constexpr(64)
 """Of a group."""
@@ -90,6 +87,7 @@ def store_part(sums, parts):
     sums = gl.where(sums == EMPTY, _NAN, sums).to(gl.float32, bitcast=True)
     row = gl.arange(0, TOKENS // 8, layout=gl.SliceLayout(1, _FOURS))
     at = row[:, None] * 512 + gl.arange(0, 512, layout=gl.SliceLayout(0, _FOURS))[None, :]
+    # In no order, but each number is written once, and says itself whether it is there.
     gl.store(parts.sums_ptr + parts.own * (TOKENS * OUTPUTS) + at, sums)
 
 

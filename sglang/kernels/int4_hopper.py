@@ -21,7 +21,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from sglang.kernels.hopper import barriers, inside, load_tile, multiprocessors, room_for, tiles_of
+from sglang.kernels.hopper import (
+    barriers,
+    inside,
+    load_tile,
+    multiprocessors,
+    next_stage,
+    room_for,
+    tiles_of,
+)
 from sglang.kernels.hopper_split_k import (
     BLOCK_N,
     STEP,
@@ -33,7 +41,6 @@ from sglang.kernels.hopper_split_k import (
     finish,
     item_at,
     load_inputs,
-    next_stage,
     num_items,
     place_of,
 )
@@ -159,7 +166,7 @@ def _int4_kernel(
 
 
 TILES = (  # on an H200
-    Tile(16, stages=8, start=2.2, step=0.65, load=0.002, parts=0.9, each_part=0.10, per_sm=2),
+    Tile(16, stages=7, start=2.2, step=0.65, load=0.002, parts=0.9, each_part=0.10, per_sm=2),
     Tile(16, stages=8, start=1.7, step=0.44, load=0.002, parts=0.9, each_part=0.14),
     Tile(32, stages=6, start=2.6, step=0.66, load=0.002, parts=0.9, each_part=0.17, per_sm=2),
     Tile(32, stages=8, start=1.7, step=0.46, load=0.002, parts=2.1, each_part=0.02),
@@ -208,7 +215,7 @@ def int4_hopper_linear(
         ADDS=added is not None,
         STAGES=split.tile.stages,
         PER_SM=split.tile.per_sm,
-        maxnreg=168 // split.tile.per_sm // 8 * 8,
+        maxnreg=65536 // (384 * split.tile.per_sm) // 8 * 8,  # all that there are
         num_warps=4,
         launch_pdl=True,
     )  # fmt: skip

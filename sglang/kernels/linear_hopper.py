@@ -22,6 +22,7 @@ from sglang.kernels.hopper import (
     inside,
     load_tile,
     multiprocessors,
+    next_stage,
     pair_stage,
     room_for,
     tiles_of,
@@ -37,7 +38,6 @@ from sglang.kernels.hopper_split_k import (
     finish,
     item_at,
     load_inputs,
-    next_stage,
     num_items,
     place_of,
 )
@@ -123,6 +123,7 @@ def _linear_kernel(
     STAGES: gl.constexpr,
 ):
     gdc_launch_dependents()
+    # Either takes two arrivals: of the warps that load, and of the groups that multiply.
     ready, free = barriers(STAGES, 2), barriers(STAGES, 2)
     ring = PairRing(room_for(x, STAGES), room_for(weight, STAGES), ready, free)
     fence_async_shared()  # the barriers are there before anyone waits
@@ -152,7 +153,7 @@ TILES = (  # on an H200
 )
 
 
-TILES_OF_16_BITS = (  # on an H200, at the shapes of Qwen3-0.6B
+TILES_OF_16_BITS = (  # on an H200, at the shapes of Qwen3-0.6B, when parts took longer
     Tile(32, stages=5, start=2.0, step=0.33, load=0.0075, parts=1.3, each_part=0.03),
     Tile(64, stages=4, start=2.2, step=0.42, load=0.0085, parts=1.6, each_part=0.05),
 )

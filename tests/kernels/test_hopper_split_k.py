@@ -14,16 +14,19 @@ pytest.importorskip("sglang.kernels.hopper_split_k", reason="needs Gluon", exc_t
 from sglang.kernels import hopper, hopper_split_k, int4_hopper, linear_hopper
 from sglang.kernels.hopper_split_k import Plan, Split, choose_split, possible_splits
 
+ALL_TILES = [int4_hopper.TILES, linear_hopper.TILES, linear_hopper.TILES_OF_16_BITS]
+
 
 @pytest.mark.parametrize("seed", range(20))
 def test_items_are_all_steps_of_all_tiles_once(seed: int, monkeypatch) -> None:
     rng = random.Random(seed)
     num_tokens, n, k = rng.randint(2, 5000), rng.randint(128, 6000), 128 * rng.randint(1, 90)
     processors = rng.choice([5, 114, 132])
-    tiles = rng.choice([int4_hopper.TILES, linear_hopper.TILES])
+    tiles = rng.choice(ALL_TILES)
     split = rng.choice(possible_splits(tiles, num_tokens, n, k, processors))
     columns, rounds, left = split.shares(num_tokens, n, processors)
     assert columns * split.splits <= processors * split.tile.per_sm
+    assert left * split.splits * split.tile.block_m <= processors * hopper_split_k.MOST_TOKENS
     at = [0, 0]
     host = SimpleNamespace(
         maximum=max, minimum=min, where=lambda c, a, b: a if c else b, cdiv=lambda a, b: -(-a // b),
@@ -47,18 +50,17 @@ def test_items_are_all_steps_of_all_tiles_once(seed: int, monkeypatch) -> None:
         assert [step for part in sorted(parts) for step in range(*part)] == list(range(k // 128))
 
 
-@pytest.mark.parametrize("tiles", [int4_hopper.TILES, linear_hopper.TILES], ids=["int4", "w8a8"])
+@pytest.mark.parametrize("tiles", ALL_TILES, ids=["int4", "w8a8", "16 bits"])
 @pytest.mark.parametrize("seed", range(10))
 def test_the_choice_is_legal_and_has_the_least_estimate(seed: int, tiles: tuple) -> None:
     rng = random.Random(seed)
     k = 128 * rng.randint(1, 100)
-    shape = (rng.randint(2, 9000), 8 * rng.randint(16, 3000), k, rng.choice([78, 114, 132]))
+    shape = (rng.randint(2, 9000), 8 * rng.randint(16, 3000), k, rng.choice([20, 78, 114, 132]))
     split = choose_split(tiles, *shape)
+    assert split.is_legal(*shape)
     assert split.tile.block_m >= min(shape[0], 64)
-    assert 1 <= split.splits <= k // 128
-    assert split.estimate(*shape) <= Split(split.tile, 1).estimate(*shape)
-    if shape[0] > 128:
-        assert split.estimate(*shape) <= min(Split(t, 1).estimate(*shape) for t in tiles[-2:])
+    least = min(split.estimate(*shape) for split in possible_splits(tiles, *shape))
+    assert split.estimate(*shape) == pytest.approx(least, abs=0.01)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +83,7 @@ def test_the_choice_is_what_was_quickest(
     assert (split.tile.block_m, split.splits) == (block_m, splits)
 
 
-@pytest.mark.parametrize("k, splits", [(256, 3), (4096, 5)])
+@pytest.mark.parametrize("k, splits", [(256, 3), (4096, 5), (1 << 15, 133)])
 def test_programs_that_would_wait_forever_are_not_launched(
     k: int, splits: int, monkeypatch
 ) -> None:

@@ -17,8 +17,7 @@ hopper = int4.hopper
 if hopper is None:
     pytest.skip("needs Gluon", allow_module_level=True)
 
-from sglang.kernels import hopper_split_k  # noqa: E402
-from sglang.kernels.hopper_split_k import Split, Tile  # noqa: E402
+from sglang.kernels.hopper_split_k import Split, Tile, empty_sums  # noqa: E402
 
 
 def expected(x: torch.Tensor, w: Int4Weight, bias: torch.Tensor | None) -> torch.Tensor:
@@ -61,12 +60,11 @@ def test_full_rounds_and_parts_of_any_number_in_one_launch() -> None:
     processors = hopper.multiprocessors(torch.device("cuda"))
     w = random_int4((processors + 16) * 128 - 8, 2048, 128, torch.bfloat16)
     x = randn(256 - 3, 2048, dtype=torch.float16) / 2048**0.5
-    for splits in range(1, 9):
+    for splits in (1, 2, 3, 4, 6):
         split = Split(hopper.TILES[-1], splits)
-        columns, rounds, left = split.shares(len(x), w.packed.shape[0], processors)
-        assert (rounds, left) == (1, processors + 16 - columns * splits)
-        if split.is_legal(len(x), w.packed.shape[0], 2048, processors):
-            assert_close(hopper.int4_hopper_linear(x, w, None, split), expected(x, w, None))
+        _columns, rounds, left = split.shares(len(x), w.packed.shape[0], processors)
+        assert rounds == 1 and left > 0
+        assert_close(hopper.int4_hopper_linear(x, w, None, split), expected(x, w, None))
 
 
 @on_hopper
@@ -95,17 +93,47 @@ def test_adds_to_what_is_there_wherever_tiles_overlap(tile: Tile) -> None:
 )
 @pytest.mark.parametrize("bits", [-1, 0x7F80])
 def test_parts_that_are_no_numbers_are_not_waited_for(tile: Tile, bits: int) -> None:
-    """A NaN of ones alone, as which parts wait to be written, and what becomes infinite."""
+    """NaNs, infinities. And what was there to be waited for is there again."""
     torch.manual_seed(0)
     w = random_int4(256, 1024, 128, torch.bfloat16)
-    x = torch.full((tile.block_m, 1024), bits, dtype=torch.int16, device="cuda").view(
-        torch.bfloat16
-    )
+    x = torch.full((tile.block_m, 1024), bits, dtype=torch.int16, device="cuda")
     for splits in (2, 8):
-        out = hopper.int4_hopper_linear(x, w, None, Split(tile, splits))
+        out = hopper.int4_hopper_linear(x.view(torch.bfloat16), w, None, Split(tile, splits))
         assert not out.isfinite().any()
-    sums = hopper_split_k._empty_sums(x.device, 1 << 15)
-    assert torch.equal(sums.view(torch.int32), torch.full_like(sums, -1, dtype=torch.int32))
+    sums = empty_sums(x.device).view(torch.int32)
+    assert torch.equal(sums, torch.full_like(sums, -1))
+
+
+class Recorded:
+    """A kernel, and how it was compiled."""
+
+    def __init__(self, kernel) -> None:
+        self._kernel, self.compiled = kernel, None
+
+    def __getitem__(self, grid):
+        def launch(*args, **options):
+            self.compiled = self._kernel[grid](*args, **options)
+
+        return launch
+
+
+@on_hopper
+@pytest.mark.parametrize(
+    "tile", hopper.TILES, ids=lambda t: f"{t.block_m} tokens, {t.stages} stages"
+)
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_a_multiprocessor_has_room_for_all_programs_and_no_more(
+    tile: Tile, group: int, monkeypatch
+) -> None:
+    w = random_int4(256, 1024, group, torch.bfloat16)
+    x = randn(tile.block_m, 1024, dtype=torch.bfloat16)
+    properties = torch.cuda.get_device_properties(x.device)
+    kernel = Recorded(hopper._int4_kernel)
+    monkeypatch.setattr(hopper, "_int4_kernel", kernel)
+    hopper.int4_hopper_linear(x, w, None, Split(tile, 1))
+    shared = properties.shared_memory_per_multiprocessor // (kernel.compiled.metadata.shared + 1024)
+    registers = properties.regs_per_multiprocessor // (384 * kernel.compiled.n_regs)
+    assert min(shared, registers) == tile.per_sm
 
 
 @on_hopper

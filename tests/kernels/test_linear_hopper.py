@@ -68,7 +68,6 @@ def test_of_16_bits_agrees_with_torch_and_with_itself(tile, dtype) -> None:
 
 @on_hopper
 def test_parts_that_are_no_numbers_are_not_waited_for() -> None:
-    """A NaN of ones alone, as which parts wait to be written."""
     torch.manual_seed(0)
     x = torch.full((20, 1024), -1, dtype=torch.int16, device="cuda").view(torch.bfloat16)
     out = linear_hopper(
