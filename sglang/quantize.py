@@ -46,10 +46,16 @@ def quantize(
     sizes = [size for size in (128, 64, 32) if all(width % size == 0 for width in widths)]
     if method in ("awq", "gptq") and not (group_size or sizes):
         raise ValueError(f"no group size divides the layers' inputs, {widths}")
-    if group_size and (group_size % 32 or any(width % group_size for width in widths)):
+    fits = group_size >= 0 and group_size % 32 == 0
+    if group_size and not (fits and all(width % group_size == 0 for width in widths)):
         raise ValueError(f"--group-size must be a multiple of 32 that divides {widths}")
     many = (size for size in sizes if 16 * size <= min(widths))
     group_size = group_size or next(many, (sizes or [0])[-1])
+
+    folder = Path(target)
+    folder.mkdir(parents=True, exist_ok=True)
+    if folder.samefile(config.path):
+        raise ValueError(f"{target} is where the model comes from: its weights would be lost")
 
     eight_bits = DTYPES.get(method)
     dtype = torch.bfloat16 if eight_bits else torch.float16
@@ -83,9 +89,9 @@ def quantize(
             tensors |= pack(method, layer, round_to_8_bits(weight, eight_bits))
         else:
             tensors |= pack(method, layer, round_to_int4(weight, group_size))
-    folder = Path(target)
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "model.safetensors.index.json").unlink(missing_ok=True)  # of what was there before
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").chmod(0o644)  # its maker lets nobody else read it
     values, held_in = _copy_the_rest(config, folder), str(dtype).removeprefix("torch.")
     values |= {
         "dtype": held_in,

@@ -16,6 +16,8 @@ MAX_TOP_LOGPROBS = 20
 
 _ALIASES = {"sampling_seed": "seed"}
 """SGLang's newer spellings."""
+_UNSUPPORTED = {"stop_regex", "structural_tag", "custom_params", "stream_interval"}
+"""Of SGLang's. Its own frontend sends some of them empty with every request."""
 
 
 class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
@@ -61,6 +63,9 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
         """
         values = {_ALIASES.get(name, name): value for name, value in values.items()}
         values.pop("spaces_between_special_tokens", None)  # decoders of today need no telling
+        for name in _UNSUPPORTED & values.keys():
+            if values.pop(name):
+                raise ValueError(f"{name} is not supported by this server")
         for name in values:
             if name not in cls.__struct_fields__:
                 raise ValueError(f"{name} is not a sampling parameter")

@@ -169,7 +169,13 @@ class ServerArgs:
             self.overlap_depth = 1
         if self.random_seed is None:
             self.random_seed = random.randrange(2**31)
-        for name, least in (("tp_size", 1), ("overlap_depth", 1), ("port", 0)):
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            values = value if isinstance(value, list) else [value]
+            if f.metadata["choices"] and (bad := set(values) - {*f.metadata["choices"], f.default}):
+                valid = ", ".join(f.metadata["choices"])
+                raise ValueError(f"{flag_name(f.name)} is {bad.pop()!r}; there are: {valid}")
+        for name, least in (("tp_size", 1), ("overlap_depth", 1), ("port", 0), ("max_body_mb", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{flag_name(name)} must be at least {least}")
         if self.port > 65535:
@@ -181,15 +187,20 @@ class ServerArgs:
             if value is not None and not 0 <= value < 1e9:
                 raise ValueError(f"{flag_name(name)} must be seconds >= 0")
         for name in (
-            "context_length", "max_total_tokens", "max_running_requests", "chunked_prefill_size"
+            "context_length", "max_total_tokens", "max_running_requests", "chunked_prefill_size",
+            "cuda_graph_max_bs",
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{flag_name(name)} must be at least 1")
         if not 0.0 < self.mem_fraction_static < 1.0:
             raise ValueError("--mem-fraction-static must be between 0 and 1")
-        if self.schedule_conservativeness < 0.0:
-            raise ValueError("--schedule-conservativeness must not be negative")
+        if not 0.0 <= self.schedule_conservativeness < 1e9:
+            raise ValueError("--schedule-conservativeness must be a number >= 0")
+        if self.max_queued_requests is not None and self.max_queued_requests < 0:
+            raise ValueError("--max-queued-requests must not be negative")
+        if self.api_key == "":
+            raise ValueError("--api-key must not be empty: anybody could call the server")
 
 
 def flag_name(field_name: str) -> str:

@@ -11,6 +11,8 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from sglang.server.limits import ContextOverflow
+
 logger = logging.getLogger(__name__)
 
 
@@ -39,7 +41,8 @@ def bad_value(error: ValueError, names: dict[str, str] | None = None) -> ApiErro
     for ours, theirs in (names or {}).items():
         if "_" in ours:  # not an English word
             message = message.replace(ours, theirs)
-    return ApiError(message, param if param.replace("_", "").isalnum() else None)
+    code = "context_length_exceeded" if isinstance(error, ContextOverflow) else None
+    return ApiError(message, param if param.replace("_", "").isalnum() else None, code=code)
 
 
 def error_body(

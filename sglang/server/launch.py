@@ -203,4 +203,6 @@ def _announce(engine: Engine, listener: socket.socket, seconds: float) -> None:
     else:
         path = "/v1/chat/completions"
         body = '{"messages": [{"role": "user", "content": "What is the capital of France?"}]}'
-    print(f"curl {url}{path} -H 'Content-Type: application/json' \\\n  -d '{body}'\n", flush=True)
+    key = f" -H 'Authorization: Bearer {engine.args.api_key}'" if engine.args.api_key else ""
+    header = f"-H 'Content-Type: application/json'{key}"
+    print(f"curl {url}{path} {header} \\\n  -d '{body}'\n", flush=True)

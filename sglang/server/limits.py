@@ -23,6 +23,10 @@ class LogprobsWanted:
 NO_LOGPROBS = LogprobsWanted()
 
 
+class ContextOverflow(ValueError):
+    """A prompt and its output do not fit."""
+
+
 @dataclass(frozen=True)
 class Limits:
     """Errors are ValueErrors whose message starts with the field's name: "prompt",
@@ -46,10 +50,8 @@ class Limits:
         packed = self._pack_ids(ids)
         room = min(self.context_len, self.max_total_tokens) - len(ids)
         if len(ids) > self.context_len or (room <= 0 and params.max_new_tokens != 0):
-            limit = min(self.context_len, self.max_total_tokens)
-            what = self._name_limit()
-            raise ValueError(
-                f"prompt has {len(ids)} tokens and leaves no room for output: {what} {limit} tokens"
+            raise ContextOverflow(
+                f"prompt has {len(ids)} tokens and leaves no room for output: {self._limit()}"
             )
         if params.max_new_tokens is None:
             if params.min_new_tokens > room:
@@ -59,9 +61,9 @@ class Limits:
                 )
             params = msgspec.structs.replace(params, max_new_tokens=room)
         elif params.max_new_tokens > room:
-            raise ValueError(
+            raise ContextOverflow(
                 f"max_new_tokens is {params.max_new_tokens}, and the prompt has {len(ids)} tokens: "
-                f"{self._name_limit()} {len(ids) + room} tokens for both"
+                f"{self._limit()}"
             )
         return GenerateRequest(handle, packed, params, logprobs.top, logprobs.prompt_from, pooling)
 
@@ -77,7 +79,8 @@ class Limits:
             raise ValueError(f"prompt token ids must be in [0, {self.vocab_size}), got {largest}")
         return packed
 
-    def _name_limit(self) -> str:
+    def _limit(self) -> str:
+        """With the words that clients look for, to shorten a conversation."""
         if self.context_len <= self.max_total_tokens:
-            return "the model's context holds"
-        return "the KV pool (--max-total-tokens) holds"
+            return f"the model's maximum context length is {self.context_len} tokens"
+        return f"the KV pool (--max-total-tokens) holds {self.max_total_tokens} tokens"

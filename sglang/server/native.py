@@ -85,6 +85,10 @@ class GenerateBody(BaseModel):
 
     input_embeds: Unsupported = None
     image_data: Unsupported = None
+    video_data: Unsupported = None
+    audio_data: Unsupported = None
+    session_params: Unsupported = None
+    return_hidden_states: Unsupported = None
     lora_path: Unsupported = None
     custom_logit_processor: Unsupported = None
     token_ids_logprob: Unsupported = None
@@ -194,13 +198,8 @@ def _sampling(
     n = ns[0]
     if type(n) is not int or n < 1 or any(other != n for other in ns):
         raise ApiError("n must be one integer >= 1 for all prompts", "n")
-    params = []
-    for values in dicts:
-        if values.get("structural_tag"):
-            message = "structural_tag is not supported by this server"
-            raise ApiError(message, "structural_tag")
-        params.append(service.sampling({k: v for k, v in values.items() if k != "n"}, names))
-    return params, n
+    without_n = ({k: v for k, v in values.items() if k != "n"} for values in dicts)
+    return [service.sampling(values, names) for values in without_n], n
 
 
 def _logprobs_wanted(body: GenerateBody) -> LogprobsWanted:
@@ -225,22 +224,22 @@ def native_router(service: Service) -> APIRouter:
         params, n = _sampling(service, body, len(prompts), names)
         ids = await service.encode_prompts(prompts)
         wanted = _logprobs_wanted(body)
-        generation = service.generate(
+        with service.generate(
             body.rid or new_id("gen"),
             list(zip(ids, params, strict=True)),
             n=n,
             stream=bool(body.stream),
             names=names,
             logprobs=wanted,
-        )
-        logprobs = None
-        if wanted.top >= 0:
-            has_text = service.tokenizer is not None and body.return_text_in_logprobs
-            tokenizer = service.tokenizer if has_text else None
-            logprobs = NativeLogprobs(tokenizer, ids, n, wanted)
-        is_single = n == 1 and not is_batch
-        writer = NativeWriter(generation, is_single, service.tokenizer, logprobs)
-        return GenerationResponse(generation, writer, bool(body.stream))
+        ) as generation:
+            logprobs = None
+            if wanted.top >= 0:
+                has_text = service.tokenizer is not None and body.return_text_in_logprobs
+                tokenizer = service.tokenizer if has_text else None
+                logprobs = NativeLogprobs(tokenizer, ids, n, wanted)
+            is_single = n == 1 and not is_batch
+            writer = NativeWriter(generation, is_single, service.tokenizer, logprobs)
+            return GenerationResponse(generation, writer, bool(body.stream))
 
     @router.post("/tokenize", responses=errors(400, 413))
     async def tokenize(body: TokenizeBody) -> Tokens:

@@ -104,6 +104,7 @@ def health_router(service: Service) -> APIRouter:
         prompt = [service.model.bos_token_id or 0]
         # However long the queue is: a server that has much to do is not ill.
         generation = manager.generate(new_id("health"), [(prompt, params)], wants_deltas=False)
+        generation.is_counted = False
         asked, finished = time.monotonic(), asyncio.ensure_future(generation.finished())
         try:
             while not finished.done() and manager.news_at < asked:

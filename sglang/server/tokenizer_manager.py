@@ -108,7 +108,17 @@ class Generation:
         self._closed = False
         self._timer: asyncio.TimerHandle | None = None
         self.timed_out = False
+        self.is_counted = True
+        """In the metrics."""
         self.on_close: Callable[[Generation], None] | None = None
+
+    def __enter__(self) -> Generation:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Closes it if it could not be answered; else whoever answers does."""
+        if kind is not None:
+            self.close()
 
     def expire_after(self, seconds: float) -> None:
         """Closes it then, as `timed_out`."""
@@ -291,7 +301,8 @@ class TokenizerManager:
         for handle in handles:
             self._sequences.pop(handle, None)
         if handles:
-            self.metrics.forgotten(len(handles))
+            if generation.is_counted:
+                self.metrics.forgotten(len(handles))
             self._router.send(encode(AbortRequest(handles)))
 
     def abort(self, rid: str) -> bool:
@@ -368,6 +379,8 @@ class TokenizerManager:
                 self._engine.set_result(message)
 
     def _observe(self, sequence: Sequence, end: StreamEnd) -> None:
+        if not sequence.generation.is_counted:
+            return
         start, first = sequence.generation.start, sequence.first_at
         last = sequence.last_at or time.monotonic()
         self.metrics.observe(end.reason, start, first, last, end.completion_tokens)

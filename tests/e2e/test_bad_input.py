@@ -112,6 +112,12 @@ TABLE = [
         "only parts",
     ),
     ((CHAT, {"messages": [{"role": "user", "content": "word " * 9000}]}), "messages", "8192"),
+    (
+        (CHAT, {"messages": [{"role": "assistant", "content": "x", "tool_calls": 5}]}),
+        "messages",
+        "list",
+    ),
+    (chat(chat_template="{{ messages }}"), "chat_template", "not supported"),
     (chat(max_tokens=-5), "max_tokens", ">= 0"),
     (chat(max_completion_tokens=-5), "max_completion_tokens", ">= 0"),
     (chat(max_completion_tokens=MANY), "max_completion_tokens", "8192"),
@@ -143,6 +149,9 @@ TABLE = [
     (g(max_new_tokens=-1), "max_new_tokens", ">= 0"),
     (g(max_new_tokens="x"), "max_new_tokens", "int"),
     (g(temprature=1), "temprature", "not a sampling parameter"),
+    (g(stop_regex="a+"), "stop_regex", "not supported"),
+    ((GENERATE, {"text": "a", "video_data": "http://x"}), "video_data", "not supported"),
+    ((GENERATE, {"text": "a", "return_hidden_states": True}), "return_hidden_states", "supported"),
     (g(stop=[1]), "stop", "str"),
     (g(n=0), "n", "integer"),
     (g(n="2"), "n", "integer"),
@@ -153,6 +162,17 @@ TABLE = [
     (("/detokenize", {"tokens": [-1]}), "tokens", "[0, 49152)"),
     (("/abort_request", {}), "rid", "must be given"),
 ]
+
+
+def test_a_conversation_that_is_too_long_is_told_as_clients_expect(server: Server):
+    """Some shorten it then."""
+    for path, body in (
+        (CHAT, {"messages": [{"role": "user", "content": "word " * 9000}]}),
+        (COMPLETIONS, {"prompt": "word " * 8000, "max_tokens": 1000}),
+    ):
+        error = server.post(path, body).json()["error"]
+        assert error["code"] == "context_length_exceeded"
+        assert "maximum context length is 8192 tokens" in error["message"]
 
 
 def check_error(response: requests.Response, status: int, param: str | None, part: str) -> None:

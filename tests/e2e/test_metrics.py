@@ -58,6 +58,15 @@ def test_a_client_that_leaves_is_counted_as_an_abort(server):
     assert scrape(server)["sglang:num_aborted_requests_total"] == before + 1
 
 
+def test_probes_are_not_counted(server):
+    def counts():
+        return {k: v for k, v in scrape(server).items() if "requests_total" in k or "_count" in k}
+
+    before = counts()
+    assert server.get("/health_generate").status_code == 200
+    assert counts() == before
+
+
 def test_the_dashboard_shows_metrics_that_there_are(server):
     names = {re.sub(r"\{.*", "", name) for name in scrape(server)}
     dashboard = json.loads(DASHBOARD.read_text("utf-8"))

@@ -56,6 +56,12 @@ def test_sglangs_newer_spellings_say_the_same(server: Server):
     assert reply["meta_info"]["input_token_logprobs"] == []
 
 
+def test_what_sglangs_frontend_sends_empty_is_no_error(server: Server):
+    empty = {"stop_regex": [], "structural_tag": "", "custom_params": None, "stream_interval": None}
+    reply = server.generate(text="Once", sampling_params={"max_new_tokens": 2, **empty})
+    assert reply["meta_info"]["completion_tokens"] == 2
+
+
 def test_batches_of_texts_and_ids_answer_in_order(server: Server):
     texts = ["The capital of France is", "1, 2, 3,"]
     single = [server.generate(text=text, sampling_params=GREEDY) for text in texts]

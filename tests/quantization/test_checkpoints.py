@@ -102,6 +102,21 @@ def test_logits_are_those_of_the_dequantized_weights(method, tmp_path):
     assert error.pow(2).mean().sqrt() < 0.02 * wanted.std()
 
 
+def test_a_models_own_folder_is_not_written_to_and_anothers_rest_goes(tmp_path):
+    tiny.make("Llama").save_pretrained(tmp_path / "in")
+    before = (tmp_path / "in" / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="its weights would be lost"):
+        quantize("int8", str(tmp_path / "in"), str(tmp_path / "in"))
+    assert (tmp_path / "in" / "model.safetensors").read_bytes() == before
+    with pytest.raises(ValueError, match="--group-size must be"):
+        quantize("awq", str(tmp_path / "in"), str(tmp_path / "out"), -32)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "model.safetensors.index.json").write_text('{"weight_map": {"a": "b"}}')
+    quantize("int8", str(tmp_path / "in"), str(tmp_path / "out"))
+    assert tiny.load(tmp_path / "out", dtype="float32")
+    assert (tmp_path / "out" / "model.safetensors").stat().st_mode & 0o777 == 0o644
+
+
 @pytest.mark.parametrize("method, held_in", [("awq", "float16"), ("int8", "bfloat16")])
 def test_a_checkpoint_runs_in_what_it_is_held_in(method, held_in, tmp_path, monkeypatch):
     monkeypatch.setattr("sglang.model_config.num_gpus", lambda: 1)

@@ -140,7 +140,7 @@ def test_nothing_is_sent_of_a_request_of_which_one_prompt_is_wrong(with_manager)
         for wrong, part in (
             (([], SamplingParams()), "prompt must not be empty"),
             (([100], SamplingParams()), r"\[0, 100\), got 100"),
-            (([1], SamplingParams(max_new_tokens=40)), "context holds 40 tokens"),
+            (([1], SamplingParams(max_new_tokens=40)), "maximum context length is 40 tokens"),
             (([1], SamplingParams(top_p=0)), "top_p"),
         ):
             with pytest.raises(ValueError, match=part):

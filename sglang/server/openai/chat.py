@@ -288,27 +288,27 @@ def chat_router(service: Service) -> APIRouter:
             if reads_calls in ("llama3", "pythonic", "mistral"):
                 values["skip_special_tokens"] = False  # they mark calls
         params = service.sampling(values, names)
-        generation = service.generate(
+        with service.generate(
             request.rid or new_id("chatcmpl"),
             [(ids, params)],
             n=request.n or 1,
             stream=bool(request.stream),
             names=names,
             logprobs=LogprobsWanted(request.top_logprobs or 0 if request.logprobs else -1),
-        )
-        grammar = params.regex or params.ebnf or "</think>"
-        may_think = params.json_schema is None and "</think>" in grammar
-        wants_apart = may_think and request.separate_reasoning is not False
-        reasoning = service.args.reasoning_parser if wants_apart else None
-        writer = ChatWriter(
-            request,
-            generation,
-            service.model.name,
-            service.need_tokenizer(),
-            reasoning,
-            reads_calls,
-            service.args.tool_call_parser,
-        )
-        return GenerationResponse(generation, writer, bool(request.stream))
+        ) as generation:
+            grammar = params.regex or params.ebnf or "</think>"
+            may_think = params.json_schema is None and "</think>" in grammar
+            wants_apart = may_think and request.separate_reasoning is not False
+            reasoning = service.args.reasoning_parser if wants_apart else None
+            writer = ChatWriter(
+                request,
+                generation,
+                service.model.name,
+                service.need_tokenizer(),
+                reasoning,
+                reads_calls,
+                service.args.tool_call_parser,
+            )
+            return GenerationResponse(generation, writer, bool(request.stream))
 
     return router

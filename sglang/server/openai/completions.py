@@ -142,16 +142,16 @@ def completions_router(service: Service) -> APIRouter:
         formatted = {} if request.response_format is None else {"json_schema": "response_format"}
         params = service.sampling(request.sampling(max_tokens), {**NAMES, **formatted})
         prompts = await service.encode_prompts(request.prompt)
-        generation = service.generate(
+        with service.generate(
             request.rid or new_id("cmpl"),
             [(ids, params) for ids in prompts],
             n=request.num_samples,
             stream=bool(request.stream),
             names=NAMES,
             logprobs=_logprobs_wanted(request),
-        )
-        writer = CompletionWriter(request, generation, service.model.name, tokenizer, prompts)
-        return GenerationResponse(generation, writer, bool(request.stream))
+        ) as generation:
+            writer = CompletionWriter(request, generation, service.model.name, tokenizer, prompts)
+            return GenerationResponse(generation, writer, bool(request.stream))
 
     return router
 

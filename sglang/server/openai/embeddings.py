@@ -70,14 +70,14 @@ def embeddings_router(service: Service) -> APIRouter:
             raise ApiError(message, "dimensions")
         params = SamplingParams(max_new_tokens=0)
         prompts = await service.encode_prompts(request.input)
-        generation = service.generate(
+        with service.generate(
             new_id("embd"),
             [(ids, params) for ids in prompts],
             stream=False,
             names=NAMES,
             pooling=request.pooling or "last",
-        )
-        writer = EmbeddingWriter(request, generation, service.model.name)
-        return GenerationResponse(generation, writer, stream=False)
+        ) as generation:
+            writer = EmbeddingWriter(request, generation, service.model.name)
+            return GenerationResponse(generation, writer, stream=False)
 
     return router

@@ -285,7 +285,7 @@ TEXT_PART = {
 
 
 class ChatMessage(BaseModel):
-    """Other fields (tool_calls, tool_call_id, name, ...) go to the chat template as they are."""
+    """Other fields (tool_call_id, name, ...) go to the chat template as they are."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 
@@ -295,6 +295,7 @@ class ChatMessage(BaseModel):
         WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": TEXT_PART}]}),
     ] = None
     """null only for the assistant."""
+    tool_calls: list[dict[str, Any]] | None = None
 
 
 class Function(BaseModel):
@@ -337,6 +338,7 @@ class ChatRequest(_Sampling):
     continue_final_message: bool | None = False
     chat_template_kwargs: dict[str, Any] | None = None
 
+    chat_template: Unsupported = None
     functions: Unsupported = None
     function_call: Unsupported = None
     audio: Unsupported = None

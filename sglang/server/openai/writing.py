@@ -35,6 +35,6 @@ def event(body: dict[str, Any]) -> bytes:
 
 
 def frame(body: dict[str, Any]) -> tuple[bytes, bytes]:
-    """Splits the event of `body` around the place of its text, which is the string "\\0"."""
-    before, after = event(body).split(dumps("\0"))
+    """Splits the event of `body` around the place of its text, the last string that is "\\0"."""
+    before, _, after = event(body).rpartition(dumps("\0"))
     return before, after
