@@ -284,6 +284,15 @@ def test_null_is_as_good_as_left_out(server: Server, path, body):
     assert server.post(path, body).status_code == 200
 
 
+@pytest.mark.parametrize("path, body", [c(), chat()])
+def test_any_text_is_an_id(server: Server, path, body):
+    """This one is what the streams' writers look for in their own events."""
+    body = {**body, "rid": "\0", "stream": True, "max_tokens": 2}
+    for _ in range(2):
+        reply = server.post(path, body)
+        assert reply.status_code == 200 and reply.text.endswith("data: [DONE]\n\n"), reply.text
+
+
 def test_arguments_that_are_nested_beyond_reason_are_left_as_text(server: Server):
     call = {"type": "function", "function": {"name": "f", "arguments": "[" * 2000}}
     messages = [*HI, {"role": "assistant", "content": None, "tool_calls": [call]}, *HI]
