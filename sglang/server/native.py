@@ -57,11 +57,13 @@ def _sampling_schema() -> dict[str, Any]:
 
 
 _SAMPLING = _sampling_schema()
+_NumTop = Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)]
+_Start = Annotated[int, Field(ge=-1, lt=2**31)]
 
 
 class GenerateBody(BaseModel):
-    """Either `text` or `input_ids`. `sampling_params`: one for all prompts or a list with one for
-    each."""
+    """Either `text` or `input_ids`. `sampling_params`, `rid` and what is said of logprobs: one for
+    all prompts, or a list with one for each."""
 
     model_config = ConfigDict(
         strict=True,
@@ -75,11 +77,11 @@ class GenerateBody(BaseModel):
         WithJsonSchema({"anyOf": [_SAMPLING, {"type": "array", "items": _SAMPLING}, _NULL]}),
     ] = None
     stream: bool | None = False
-    rid: Text | None = None
+    rid: Text | list[Text] | None = None
 
-    return_logprob: bool | None = None
-    top_logprobs_num: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
-    logprob_start_len: int | None = Field(None, ge=-1, lt=2**31)
+    return_logprob: bool | list[bool] | None = None
+    top_logprobs_num: _NumTop | list[_NumTop] | None = None
+    logprob_start_len: _Start | list[_Start] | None = None
     """With `return_logprob`: prompt tokens from here on have theirs too; -1: none has."""
     return_text_in_logprobs: bool | None = None
 
@@ -139,7 +141,7 @@ class NativeWriter:
     def _reply(self, sequence: Sequence) -> dict[str, Any]:
         end = sequence.end
         meta = {
-            "id": self._generation.rid,
+            "id": sequence.rid,
             "finish_reason": end.finish_reason() if end else None,
             "prompt_tokens": sequence.prompt_tokens,
             "completion_tokens": len(sequence.ids) // 4,
@@ -185,15 +187,19 @@ def _prompts(body: GenerateBody) -> tuple[str, list[Prompt], bool]:
     return field, prompts, prompts is value
 
 
+def _each(body: GenerateBody, field: str, num_prompts: int) -> list[Any]:
+    given = getattr(body, field)
+    values = given if isinstance(given, list) else [given] * num_prompts
+    if len(values) != num_prompts:
+        raise ApiError(f"{field} has {len(values)} entries for {num_prompts} prompts", field)
+    return values
+
+
 def _sampling(
     service: Service, body: GenerateBody, num_prompts: int, names: dict[str, str]
 ) -> tuple[list[SamplingParams], int]:
     """(the parameters of each prompt, n)."""
-    given = body.sampling_params or {}
-    dicts = given if isinstance(given, list) else [given] * num_prompts
-    if len(dicts) != num_prompts:
-        message = f"sampling_params has {len(dicts)} entries for {num_prompts} prompts"
-        raise ApiError(message, "sampling_params")
+    dicts = [given or {} for given in _each(body, "sampling_params", num_prompts)]
     ns = [1 if values.get("n") is None else values["n"] for values in dicts]
     n = ns[0]
     if type(n) is not int or n < 1 or any(other != n for other in ns):
@@ -202,14 +208,26 @@ def _sampling(
     return [service.sampling(values, names) for values in without_n], n
 
 
-def _logprobs_wanted(body: GenerateBody) -> LogprobsWanted:
-    if not body.return_logprob:
-        for name in ("top_logprobs_num", "logprob_start_len"):
-            if (getattr(body, name) or -1) > 0:
-                raise ApiError(f"{name} needs return_logprob to be true", name)
-        return NO_LOGPROBS
-    start = -1 if body.logprob_start_len is None else body.logprob_start_len
-    return LogprobsWanted(body.top_logprobs_num or 0, start)
+def _logprobs_wanted(body: GenerateBody, num_prompts: int) -> list[LogprobsWanted]:
+    wants, tops, starts = (
+        _each(body, name, num_prompts)
+        for name in ("return_logprob", "top_logprobs_num", "logprob_start_len")
+    )
+    for name, values in (("top_logprobs_num", tops), ("logprob_start_len", starts)):
+        if not any(wants) and any((value or -1) > 0 for value in values):
+            raise ApiError(f"{name} needs return_logprob to be true", name)
+    return [
+        LogprobsWanted(top or 0, -1 if start is None else start) if wanted else NO_LOGPROBS
+        for wanted, top, start in zip(wants, tops, starts, strict=True)
+    ]
+
+
+def _rids(body: GenerateBody, num_prompts: int, is_batch: bool) -> tuple[str, list[str] | None]:
+    """(the request's, those of its prompts), as SGLang names them."""
+    if isinstance(body.rid, list):
+        return new_id("gen"), _each(body, "rid", num_prompts)
+    rid = body.rid or new_id("gen")
+    return rid, [f"{rid}_{i}" for i in range(num_prompts)] if is_batch else None
 
 
 def native_router(service: Service) -> APIRouter:
@@ -223,17 +241,19 @@ def native_router(service: Service) -> APIRouter:
         names = {"prompt": field}
         params, n = _sampling(service, body, len(prompts), names)
         ids = await service.encode_prompts(prompts)
-        wanted = _logprobs_wanted(body)
+        wanted = _logprobs_wanted(body, len(prompts))
+        rid, rids = _rids(body, len(prompts), is_batch)
         with service.generate(
-            body.rid or new_id("gen"),
+            rid,
             list(zip(ids, params, strict=True)),
             n=n,
             stream=bool(body.stream),
             names=names,
             logprobs=wanted,
+            rids=rids,
         ) as generation:
             logprobs = None
-            if wanted.top >= 0:
+            if any(one.top >= 0 for one in wanted):
                 has_text = service.tokenizer is not None and body.return_text_in_logprobs
                 tokenizer = service.tokenizer if has_text else None
                 logprobs = NativeLogprobs(tokenizer, ids, n, wanted)

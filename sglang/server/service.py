@@ -115,10 +115,12 @@ class Service:
         n: int = 1,
         stream: bool,
         names: dict[str, str],
-        logprobs: LogprobsWanted = NO_LOGPROBS,
+        logprobs: LogprobsWanted | list[LogprobsWanted] = NO_LOGPROBS,
         pooling: Pooling | None = None,
+        rids: list[str] | None = None,
     ) -> Generation:
         """n sequences of each prompt, in order: those of prompt i have indices i*n ... i*n + n-1.
+        logprobs, rids: lists are of each prompt.
 
         Samples of one prompt with a seed have seeds that follow each other.
         """
@@ -136,8 +138,11 @@ class Service:
             for ids, params in prompts
             for i in range(n)
         ]
+        each = logprobs if isinstance(logprobs, list) else [logprobs] * len(prompts)
+        wanted = [one for one in each for _ in range(n)]
+        own = rids and [one for one in rids for _ in range(n)]
         try:
-            generation = self.manager.generate(rid, sequences, stream, logprobs, pooling)
+            generation = self.manager.generate(rid, sequences, stream, wanted, pooling, own)
         except ValueError as error:
             raise bad_value(error, names) from None
         if self.args.request_timeout is not None:

@@ -55,11 +55,16 @@ class Sequence:
 
     __slots__ = (
         "cached_tokens", "embedding", "end", "first_at", "generation", "handle", "ids", "index",
-        "is_news", "last_at", "logprobs", "num_taken", "prompt_logprobs", "prompt_tokens", "text",
+        "is_news", "last_at", "logprobs", "num_taken", "prompt_logprobs", "prompt_tokens", "rid",
+        "text",
     )  # fmt: skip
 
-    def __init__(self, generation: Generation, index: int, handle: int, prompt_len: int) -> None:
+    def __init__(
+        self, generation: Generation, rid: str, index: int, handle: int, prompt_len: int
+    ) -> None:
         self.generation = generation
+        self.rid = rid
+        """The generation's, or its prompt's own."""
         self.index = index
         self.handle = handle
         self.text = ""
@@ -133,8 +138,12 @@ class Generation:
     def is_open(self) -> bool:
         return self._open > 0
 
-    def add(self, handle: int, prompt_len: int) -> Sequence:
-        sequence = Sequence(self, len(self.sequences), handle, prompt_len)
+    @property
+    def rids(self) -> set[str]:
+        return {self.rid, *(sequence.rid for sequence in self.sequences)}
+
+    def add(self, rid: str, handle: int, prompt_len: int) -> Sequence:
+        sequence = Sequence(self, rid, len(self.sequences), handle, prompt_len)
         self.sequences.append(sequence)
         self._open += 1
         return sequence
@@ -265,38 +274,43 @@ class TokenizerManager:
 
     @property
     def num_generations(self) -> int:
-        return len(self._generations)
+        return len(set(self._generations.values()))
 
     def generate(
         self,
         rid: str,
         prompts: list[tuple[list[int], SamplingParams]],
         wants_deltas: bool,
-        logprobs: LogprobsWanted = NO_LOGPROBS,
+        logprobs: list[LogprobsWanted] | None = None,
         pooling: Pooling | None = None,
+        rids: list[str] | None = None,
     ) -> Generation:
-        """Sends the prompts to the router, if all of them are fit to be served.
+        """Sends the prompts to the router, if all of them are fit to be served. logprobs: of each
+        prompt. rids: their own, with which each can be aborted; with `rid` all.
 
         Raises ValueError with a message that starts with the field's name ("prompt" for the ids).
         """
         assert self._limits is not None, "await ready() first"
-        if rid in self._generations:
-            raise ValueError(f"rid {rid} is that of a running request")
+        logprobs, rids = logprobs or [NO_LOGPROBS] * len(prompts), rids or [rid] * len(prompts)
+        for name in (rid, *rids):
+            if name in self._generations:
+                raise ValueError(f"rid {name} is that of a running request")
         requests = [
-            self._limits.request(self._next_handle(), ids, params, logprobs, pooling)
-            for ids, params in prompts
+            self._limits.request(self._next_handle(), ids, params, wanted, pooling)
+            for (ids, params), wanted in zip(prompts, logprobs, strict=True)
         ]
         frames = [encode(request) for request in requests]  # before anything is remembered of them
         generation = Generation(self, rid, wants_deltas)
-        self._generations[rid] = generation
-        for request, frame in zip(requests, frames, strict=True):
-            sequence = generation.add(request.handle, len(request.input_ids) // 4)
+        for own, request, frame in zip(rids, requests, frames, strict=True):
+            sequence = generation.add(own, request.handle, len(request.input_ids) // 4)
             self._sequences[request.handle] = sequence
             self._router.send(frame)
+        self._generations |= dict.fromkeys(generation.rids, generation)
         return generation
 
     def forget(self, generation: Generation) -> None:
-        self._generations.pop(generation.rid, None)
+        for rid in generation.rids:
+            self._generations.pop(rid, None)
         handles = [s.handle for s in generation.sequences if s.end is None]
         for handle in handles:
             self._sequences.pop(handle, None)
@@ -306,11 +320,13 @@ class TokenizerManager:
             self._router.send(encode(AbortRequest(handles)))
 
     def abort(self, rid: str) -> bool:
-        """Ends a request with reason "abort"; False if there is none of that id."""
+        """Ends a request, or one prompt of it, with reason "abort"; False if there is none of that
+        id."""
         generation = self._generations.get(rid)
         if generation is None:
             return False
-        handles = [s.handle for s in generation.sequences if s.end is None]
+        meant = [s for s in generation.sequences if rid in (generation.rid, s.rid)]
+        handles = [s.handle for s in meant if s.end is None]
         if handles:
             self._router.send(encode(AbortRequest(handles)))
         return True

@@ -6,6 +6,7 @@ import json
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from urllib.parse import urlsplit
 
@@ -71,6 +72,42 @@ def test_batches_of_texts_and_ids_answer_in_order(server: Server):
     assert isinstance(server.generate(text=texts[:1], sampling_params=GREEDY), list)
     samples = server.generate(text=texts[0], sampling_params={**GREEDY, "n": 2})
     assert [s["text"] for s in samples] == [single[0]["text"]] * 2
+
+
+def test_the_prompts_of_a_batch_have_ids_and_logprobs_of_their_own(server: Server):
+    batch = {"text": ["One", "Two"], "sampling_params": {"max_new_tokens": 3, "temperature": 0}}
+    wants = {"return_logprob": [False, True], "top_logprobs_num": 2, "rid": ["a", "b"]}
+    one, two = server.generate(**batch, **wants, logprob_start_len=[-1, 0])
+    assert [one["meta_info"]["id"], two["meta_info"]["id"]] == ["a", "b"]
+    assert "output_token_logprobs" not in one["meta_info"]
+    alone = {"return_logprob": True, "top_logprobs_num": 2, "logprob_start_len": 0}
+    single = server.generate(text="Two", sampling_params=batch["sampling_params"], **alone)
+    for name in ("input_token_logprobs", "output_token_logprobs"):
+        got, expected = two["meta_info"][name], single["meta_info"][name]
+        assert [id for _, id, _ in got] == [id for _, id, _ in expected] != []
+    assert [len(top) for top in two["meta_info"]["output_top_logprobs"]] == [2, 2, 2]
+    replies = server.generate(**batch, rid="c")
+    assert [reply["meta_info"]["id"] for reply in replies] == ["c_0", "c_1"]
+    for wrong in ({"rid": ["a"]}, {"return_logprob": [True] * 3}, {"top_logprobs_num": [1, 99]}):
+        assert server.post("/generate", {**batch, **wrong}).status_code == 400
+
+
+@pytest.mark.parametrize("rid, reasons", [("x_0", ["abort", "length"]), ("x", ["abort"] * 2)])
+def test_one_prompt_of_a_batch_can_be_aborted(server: Server, rid: str, reasons: list[str]):
+    params = {"temperature": 0, "ignore_eos": True}
+    body = {
+        "text": ["Once", "Twice"],
+        "sampling_params": [{**params, "max_new_tokens": most} for most in (4000, 100)],
+        "rid": "x",
+    }
+    with ThreadPoolExecutor() as pool:
+        reply = pool.submit(server.generate, **body)
+        while not server.post("/abort_request", {"rid": rid}).json()["aborted"]:
+            time.sleep(0.01)
+        ends = [one["meta_info"]["finish_reason"]["type"] for one in reply.result()]
+    assert ends == reasons
+    assert not server.post("/abort_request", {"rid": rid}).json()["aborted"]
+    assert server.wait_idle(2.0)
 
 
 def test_streamed_replies_hold_all_so_far_and_end_as_the_whole_reply(server: Server):

@@ -104,25 +104,33 @@ class NativeLogprobs:
     """[logprob, token id, text or None] a token; None for the logprob of a prompt's first one."""
 
     def __init__(
-        self, tokenizer: Tokenizer | None, prompts: list[list[int]], n: int, wanted: LogprobsWanted
+        self,
+        tokenizer: Tokenizer | None,
+        prompts: list[list[int]],
+        n: int,
+        wanted: list[LogprobsWanted],
     ) -> None:
-        """tokenizer: None for no texts."""
+        """tokenizer: None for no texts. wanted: of each prompt."""
         self._tokenizer, self._prompts, self._n, self._wanted = tokenizer, prompts, n, wanted
 
     def of(self, sequence: Sequence) -> dict[str, Any]:
         """All that is known by now, for `meta_info`."""
+        prompt = sequence.index // self._n
+        wanted = self._wanted[prompt]
+        if wanted.top < 0:
+            return {}
         output = list(zip(unpack(sequence.ids).tolist(), sequence.logprobs, strict=True))
-        meta = {"input_token_logprobs": [], **self._lists("output", output)}
-        if self._wanted.prompt_from >= 0:
-            ids = self._prompts[sequence.index // self._n]
-            scored = prompt_tokens(ids, sequence.prompt_logprobs, self._wanted.prompt_from)
-            meta |= self._lists("input", scored)
+        meta = {"input_token_logprobs": [], **self._lists("output", output, wanted.top)}
+        if wanted.prompt_from >= 0:
+            ids = self._prompts[prompt]
+            scored = prompt_tokens(ids, sequence.prompt_logprobs, wanted.prompt_from)
+            meta |= self._lists("input", scored, wanted.top)
         return meta
 
-    def _lists(self, which: str, scored: Scored) -> dict[str, Any]:
+    def _lists(self, which: str, scored: Scored, num_top: int) -> dict[str, Any]:
         values = [self._entry(id, None if said is None else said.logprob) for id, said in scored]
         lists: dict[str, Any] = {f"{which}_token_logprobs": values}
-        if self._wanted.top:
+        if num_top:
             lists[f"{which}_top_logprobs"] = [
                 said
                 and [
