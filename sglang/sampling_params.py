@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 import msgspec
 
+DEFAULT_NEW_TOKENS = 128
 MAX_STOP_STRINGS = 16
 MAX_STOP_TOKEN_IDS = 256
 """As many columns has a table of all rows, which the router compares every step with."""
@@ -23,8 +24,9 @@ _UNSUPPORTED = {"stop_regex", "structural_tag", "custom_params", "stream_interva
 class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
     """Names and defaults are SGLang's. Immutable by convention once `verify` has passed."""
 
-    max_new_tokens: int | None = 128
-    """Generated tokens at most; None: as many as fit the context and the KV pool."""
+    max_new_tokens: int | msgspec.UnsetType | None = msgspec.UNSET
+    """Generated tokens at most; None: as many as fit the context and the KV pool; left out: of
+    these DEFAULT_NEW_TOKENS at most."""
     min_new_tokens: int = 0
     """End-of-sequence and stop tokens are not sampled before so many tokens."""
     temperature: float = 1.0
@@ -87,8 +89,8 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
     def verify(self, vocab_size: int) -> None:
         """Raises ValueError with a message that starts with the offending field's name."""
 
-        most = self.max_new_tokens
-        if not (most is None or most >= 0):
+        most = self.max_new_tokens if isinstance(self.max_new_tokens, int) else None
+        if most is not None and most < 0:
             self._refuse("max_new_tokens", ">= 0")
         if self.min_new_tokens < 0:
             self._refuse("min_new_tokens", ">= 0")

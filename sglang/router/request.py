@@ -30,7 +30,7 @@ class Request:
         self.params = params
         self.tokens = unpack(message.input_ids)
         self.prompt_len = len(self.tokens)
-        assert params.max_new_tokens is not None
+        assert isinstance(params.max_new_tokens, int)
         self.limit = self.prompt_len + params.max_new_tokens
         """Tokens, prompt and output, at which it has its full length."""
         self.stop_tokens = sorted({*params.stop_token_ids, *(() if params.ignore_eos else eos)})

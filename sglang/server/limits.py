@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 
 from sglang.messages import GenerateRequest, Pooling
-from sglang.sampling_params import SamplingParams
+from sglang.sampling_params import DEFAULT_NEW_TOKENS, SamplingParams
 
 
 @dataclass(frozen=True)
@@ -53,13 +53,15 @@ class Limits:
             raise ContextOverflow(
                 f"prompt has {len(ids)} tokens and leaves no room for output: {self._limit()}"
             )
-        if params.max_new_tokens is None:
+        if not isinstance(params.max_new_tokens, int):
             if params.min_new_tokens > room:
                 raise ValueError(
                     f"min_new_tokens must be <= {room}, which is what the prompt of {len(ids)} "
                     f"tokens leaves, got {params.min_new_tokens}"
                 )
-            params = msgspec.structs.replace(params, max_new_tokens=room)
+            least = max(params.min_new_tokens, DEFAULT_NEW_TOKENS)
+            most = room if params.max_new_tokens is None else min(least, room)
+            params = msgspec.structs.replace(params, max_new_tokens=most)
         elif params.max_new_tokens > room:
             raise ContextOverflow(
                 f"max_new_tokens is {params.max_new_tokens}, and the prompt has {len(ids)} tokens: "

@@ -131,7 +131,9 @@ def assert_same_logits(
     if of_16_bits:
         assert (logits - wanted).norm() < 1e-3 * wanted.norm()
     else:
-        torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=1e-4)
+        # Of the largest: processors add up in different orders.
+        atol = 3e-5 * float(wanted.abs().max())
+        torch.testing.assert_close(logits, wanted, atol=atol, rtol=1e-4)
 
 
 def rewrite_config(folder: Path, **changes) -> None:

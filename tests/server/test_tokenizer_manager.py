@@ -23,6 +23,7 @@ from sglang.messages import (
     unpack,
 )
 from sglang.sampling_params import SamplingParams
+from sglang.server.limits import Limits
 from sglang.server.tokenizer_manager import GenerationClosed, TokenizerManager
 
 END = StreamEnd("length", None, 2, 3, 0)
@@ -159,6 +160,22 @@ def test_a_limit_that_is_not_given_is_what_fits_and_the_callers_parameters_stay(
         assert params.max_new_tokens is None
 
     with_manager(body)
+
+
+def test_a_limit_that_is_left_out_is_sglangs_or_what_fits():
+    limits = Limits(vocab_size=100, context_len=400, max_total_tokens=1000)
+
+    def limit(length: int, **params: object) -> int:
+        request = limits.request(1, [1] * length, SamplingParams.from_dict(params))
+        return request.params.max_new_tokens
+
+    assert limit(5) == 128 and limit(390) == 10
+    assert limit(5, min_new_tokens=200) == 200
+    assert limit(5, max_new_tokens=None) == 395
+    with pytest.raises(ValueError, match="leaves no room"):
+        limit(400)
+    with pytest.raises(ValueError, match="max_new_tokens is 128"):
+        limit(390, max_new_tokens=128)
 
 
 def test_a_burst_larger_than_any_buffer_is_read_to_its_end(with_manager):
