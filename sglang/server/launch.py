@@ -202,7 +202,8 @@ def _announce(engine: Engine, listener: socket.socket, seconds: float) -> None:
         path, body = "/generate", '{"input_ids": [1, 2, 3]}'
     else:
         path = "/v1/chat/completions"
-        body = '{"messages": [{"role": "user", "content": "What is the capital of France?"}]}'
+        question = '{"role": "user", "content": "What is the capital of France?"}'
+        body = f'{{"messages": [{question}], "temperature": 0}}'
     key = f" -H 'Authorization: Bearer {engine.args.api_key}'" if engine.args.api_key else ""
     header = f"-H 'Content-Type: application/json'{key}"
     print(f"curl {url}{path} {header} \\\n  -d '{body}'\n", flush=True)
