@@ -416,6 +416,8 @@ def _tokenizer_end(folder: Path) -> int | None:
     config = _read_json(folder / "tokenizer_config.json", required=False)
     end = config.get("eos_token")
     end = end.get("content") if isinstance(end, dict) else end
+    if end is None:
+        return None
     ids = {
         token.get("content"): int(id)
         for id, token in config.get("added_tokens_decoder", {}).items()

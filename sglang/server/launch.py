@@ -204,6 +204,6 @@ def _announce(engine: Engine, listener: socket.socket, seconds: float) -> None:
         path = "/v1/chat/completions"
         question = '{"role": "user", "content": "What is the capital of France?"}'
         body = f'{{"messages": [{question}], "temperature": 0}}'
-    key = f" -H 'Authorization: Bearer {engine.args.api_key}'" if engine.args.api_key else ""
+    key = " -H 'Authorization: Bearer <key>'" if engine.args.api_key else ""  # logs keep no secrets
     header = f"-H 'Content-Type: application/json'{key}"
     print(f"curl {url}{path} {header} \\\n  -d '{body}'\n", flush=True)

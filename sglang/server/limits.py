@@ -59,8 +59,9 @@ class Limits:
                     f"min_new_tokens must be <= {room}, which is what the prompt of {len(ids)} "
                     f"tokens leaves, got {params.min_new_tokens}"
                 )
-            least = max(params.min_new_tokens, DEFAULT_NEW_TOKENS)
-            most = room if params.max_new_tokens is None else min(least, room)
+            most = room
+            if params.max_new_tokens is msgspec.UNSET:
+                most = min(max(DEFAULT_NEW_TOKENS, params.min_new_tokens), room)
             params = msgspec.structs.replace(params, max_new_tokens=most)
         elif params.max_new_tokens > room:
             raise ContextOverflow(
