@@ -1,7 +1,7 @@
 """How products on Hopper are shared out (int4_hopper.py, linear_hopper.py), in Gluon.
 
-They are transposed (out^T = W x^T): tiles have 128 outputs, 64 of either of two groups of warps,
-and some tokens. Programs are persistent, one for each SM; or two, whose waiting for memory, for
+They are transposed (out^T = W x^T): tiles have some tokens, and 64 outputs of each of two or three
+groups of warps. Programs are persistent, one for each SM; or two, whose waiting for memory, for
 tensor cores and for each other overlaps, if tiles have few tokens. Of what does not fill them
 evenly, the tiles behind the last full round, each is split along K into as many parts as leave
 every program one at most.
@@ -21,14 +21,12 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.language.extra.cuda import gdc_wait
 
 from sglang.kernels.hopper import inside, load_tile, multiprocessors, next_stage, tile_at
-from sglang.kernels.hopper_sums import EMPTY, OUTPUTS, Parts, Place, add_up, store, store_part
+from sglang.kernels.hopper_sums import EMPTY, OUTPUTS, Parts, Place, add_up, store
 
-BLOCK_N = gl.constexpr(128)
-"""Outputs of a tile."""
 STEP = gl.constexpr(128)
 """Inputs that are loaded and multiplied at a time."""
-MOST_TOKENS = 256
-"""Of a tile; those of two programs on an SM have half as many at most."""
+MOST_SUMS = 256 * 128
+"""Of the programs of an SM."""
 
 
 class Plan(NamedTuple):
@@ -46,7 +44,7 @@ class Plan(NamedTuple):
 class Result(NamedTuple):
     bias_ptr: gl.tensor
     out_ptr: gl.tensor  # [num_tokens, n]
-    sums_ptr: gl.tensor  # float32 [left, 2, splits, OUTPUTS BLOCK_M], EMPTY
+    sums_ptr: gl.tensor  # float32 [left, groups, splits, OUTPUTS BLOCK_M], EMPTY
 
 
 @gluon.jit
@@ -56,7 +54,7 @@ def num_items(plan):
 
 
 @gluon.jit
-def item_at(i, plan, BLOCK_M: gl.constexpr):
+def item_at(i, plan, BLOCK_M: gl.constexpr, GROUPS: gl.constexpr):
     """A program's i-th item: its tile's first token and first output, its first step and the one
     behind its last."""
     split, splits = gl.program_id(0), gl.num_programs(0)
@@ -65,18 +63,18 @@ def item_at(i, plan, BLOCK_M: gl.constexpr):
     tile = i * splits * gl.num_programs(1) + gl.where(is_whole, column * splits + split, column)
     first = gl.where(is_whole, 0, split * plan.part_steps)
     end = gl.minimum(first + gl.where(is_whole, plan.steps, plan.part_steps), plan.steps)
-    m, n = tile_at(tile, plan.num_tokens, plan.n, BLOCK_M, BLOCK_N)
+    m, n = tile_at(tile, plan.num_tokens, plan.n, BLOCK_M, GROUPS * OUTPUTS)
     return m, n, first, end
 
 
 @gluon.jit
-def load_inputs(x, tiles, ring, plan):
+def load_inputs(x, tiles, ring, plan, GROUPS: gl.constexpr):
     """The work of a warp: the tiles of a descriptor, [BLOCK_M, STEP], into those of a ring."""
     BLOCK_M: gl.constexpr = x.block_shape[0]
     gdc_wait()
     turn = 0
     for item in range(num_items(plan)):
-        own_m, _n, first, end = item_at(item, plan, BLOCK_M)
+        own_m, _n, first, end = item_at(item, plan, BLOCK_M, GROUPS)
         m = inside(own_m, plan.num_tokens, BLOCK_M)
         for step in range(first, end):
             i, ready = next_stage(ring, turn)
@@ -86,27 +84,28 @@ def load_inputs(x, tiles, ring, plan):
 
 
 @gluon.jit
-def place_of(half: gl.constexpr, out_ptr, plan, m, n, BLOCK_M: gl.constexpr):
-    """Of half of the outputs of a tile, which lies at m, n."""
+def place_of(
+    group: gl.constexpr, out_ptr, plan, m, n, BLOCK_M: gl.constexpr, GROUPS: gl.constexpr
+):  # fmt: skip
+    """Of a group's outputs of a tile, which lies at m, n."""
     inside_m = inside(m, plan.num_tokens, BLOCK_M)
-    inside_n = inside(n, plan.n, BLOCK_N) + half * OUTPUTS
+    inside_n = inside(n, plan.n, GROUPS * OUTPUTS) + group * OUTPUTS
     return Place(out_ptr, plan.num_tokens, plan.n, inside_m, inside_n, m, n)
 
 
 @gluon.jit
-def finish(sums, i, half: gl.constexpr, plan, place, sums_ptr, ADDS: gl.constexpr):
-    """Stores the sums of half of a program's i-th item, float32 [OUTPUTS, BLOCK_M]; or, if they are
+def finish(
+    sums, i, group: gl.constexpr, plan, place, sums_ptr, GROUPS: gl.constexpr, ADDS: gl.constexpr
+):  # fmt: skip
+    """Stores a group's sums of a program's i-th item, float32 [OUTPUTS, BLOCK_M]; or, if they are
     a part of the tile's, all parts' sums of some tokens. ADDS: adds them to what is there."""
-    BLOCK_M: gl.constexpr = sums.shape[1]
     splits = gl.num_programs(0)
     if i < plan.rounds or splits == 1:
         store(sums, place, ADDS)
     else:
-        tile = gl.program_id(1) * 2 + half
-        tile_ptr = sums_ptr + (tile * splits).to(gl.int64) * (OUTPUTS * BLOCK_M)
-        parts = Parts(tile_ptr, splits, gl.program_id(0))
-        store_part(sums, parts)
-        add_up(parts, BLOCK_M, place, ADDS)
+        tile = gl.program_id(1) * GROUPS + group
+        tile_ptr = sums_ptr + (tile * splits).to(gl.int64) * (OUTPUTS * sums.shape[1])
+        add_up(sums, Parts(tile_ptr, splits, gl.program_id(0)), place, ADDS)
 
 
 # --- on the host ---------------------------------------------------------------------------------
@@ -130,6 +129,18 @@ class Tile:
     """...each of a tile's parts."""
     per_sm: int = 1
     """Programs. There is room for no more: the GPU would lay two on one SM, and none on others."""
+    groups: int = 2
+    """Of warps, that have 64 outputs each."""
+
+    @property
+    def block_n(self) -> int:
+        """Outputs."""
+        return self.groups * OUTPUTS.value
+
+    @property
+    def registers(self) -> int:
+        """All that a thread can have at the start, one of all groups that multiply and another."""
+        return 65536 // (128 * (self.groups + 1) * self.per_sm) // 8 * 8
 
 
 @dataclass(frozen=True)
@@ -140,16 +151,19 @@ class Split:
 
     def shares(self, num_tokens: int, n: int, processors: int) -> tuple[int, int, int]:
         """(columns of programs, full rounds, tiles left)."""
-        tiles = triton.cdiv(num_tokens, self.tile.block_m) * triton.cdiv(n, BLOCK_N.value)
+        tiles = triton.cdiv(num_tokens, self.tile.block_m) * triton.cdiv(n, self.tile.block_n)
         columns = processors * self.tile.per_sm // self.splits
         rounds, left = divmod(tiles, columns * self.splits)
         return columns if rounds else left, rounds, left
 
     def is_legal(self, num_tokens: int, n: int, k: int, processors: int) -> bool:
-        """Programs wait for those with the other parts: all are there, and none is empty."""
+        """Programs wait for those with the other parts: all are there, and none is empty. No tile
+        is larger than the weights."""
         programs = processors * self.tile.per_sm
         steps = triton.cdiv(k, STEP.value)
         if self.splits > programs or (self.splits - 1) * triton.cdiv(steps, self.splits) >= steps:
+            return False
+        if self.tile.block_n > n:
             return False
         return self.shares(num_tokens, n, processors)[2] * self.splits <= programs
 
@@ -186,7 +200,7 @@ class Split:
 def empty_sums(device: torch.device) -> torch.Tensor:
     """Room for all parts that there can be at once. Every launch leaves it EMPTY, and the launches
     of one stream share it."""
-    shape = (multiprocessors(device), MOST_TOKENS * BLOCK_N.value)
+    shape = (multiprocessors(device), MOST_SUMS)
     return torch.full(shape, EMPTY.value, dtype=torch.int32, device=device).view(torch.float32)
 
 
@@ -200,7 +214,7 @@ def possible_splits(
     least = 64 if num_tokens <= 256 else 128
     found = []
     for tile in tiles:
-        if tile.block_m == enough or least <= tile.block_m < enough:
+        if tile.block_n <= n and (tile.block_m == enough or least <= tile.block_m < enough):
             left = Split(tile, 1).shares(num_tokens, n, processors)[2]
             most = min(processors * tile.per_sm // max(left, 1), k // STEP.value // 2)
             found += [Split(tile, splits) for splits in range(1, max(most, 1) + 1)]

@@ -77,55 +77,131 @@ _THREADS = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 
 
 @gluon.jit
-def store_part(sums, parts):
-    """sums: [OUTPUTS, tokens], float32."""
+def add_up(sums, parts, place, ADDS: gl.constexpr):
+    """sums: a part, [OUTPUTS, tokens], float32. Gives the others theirs of it, takes its own of
+    the others, every count-th chunk of the tokens, and stores that. The others must be under way:
+    no more programs than the GPU runs at once."""
     TOKENS: gl.constexpr = sums.shape[1]
+    CHUNK: gl.constexpr = min(max(TOKENS // 4, 8), 32)
+    ROWS: gl.constexpr = CHUNK // 8
+    CHUNKS: gl.constexpr = TOKENS // CHUNK
+    own_chunks = 0
+    for chunk in range(parts.own, CHUNKS, parts.count):
+        own_chunks |= 1 << chunk
     # outputs are (warp, register, lane), tokens are (register, lane, register)
     sums = sums.reshape([4, 2, 8, TOKENS // 8, 4, 2]).permute((3, 0, 2, 4, 1, 5))
     sums = gl.convert_layout(sums.reshape([TOKENS // 8, 512]), _FOURS, assert_trivial=True)
     sums = sums.to(gl.int32, bitcast=True)
     sums = gl.where(sums == EMPTY, _NAN, sums).to(gl.float32, bitcast=True)
+    # In no order, but each number is written once, and says itself whether it is there.
     row = gl.arange(0, TOKENS // 8, layout=gl.SliceLayout(1, _FOURS))
     at = row[:, None] * 512 + gl.arange(0, 512, layout=gl.SliceLayout(0, _FOURS))[None, :]
-    # In no order, but each number is written once, and says itself whether it is there.
-    gl.store(parts.sums_ptr + parts.own * (TOKENS * OUTPUTS) + at, sums)
+    theirs = (own_chunks >> (row // ROWS) & 1) == 0
+    gl.store(parts.sums_ptr + parts.own * (TOKENS * OUTPUTS) + at, sums, mask=theirs[:, None])
+    for chunk in range(parts.own, CHUNKS, parts.count):
+        total = _all_of(_pick(sums, chunk, CHUNKS), chunk, parts, TOKENS)
+        total = total.reshape([ROWS, 4, 8, 4, 2, 2]).permute((1, 4, 2, 0, 3, 5))
+        store(total.reshape([OUTPUTS, CHUNK]), place, ADDS, chunk * CHUNK)
+
+
+@gluon.jit
+def _all_of(own, chunk, parts, TOKENS: gl.constexpr):
+    """own: a part's chunk, [rows, 512] -> all parts', added up in their order."""
+    ROWS: gl.constexpr = own.shape[0]
+    AT_ONCE: gl.constexpr = 8 // ROWS  # a thread has 32 numbers of them
+    own_fours = _fours(own)
+    four = gl.arange(0, 128, layout=_THREADS) * 4
+    total = gl.zeros([ROWS, 512], gl.float32, _FOURS)
+    for first in range(0, parts.count, AT_ONCE):
+        at = parts.sums_ptr + (first * TOKENS + chunk * ROWS * 8) * OUTPUTS + four
+        count = gl.full([128], parts.count - first, gl.int32, _THREADS)
+        own_part = gl.full([128], parts.own - first, gl.int32, _THREADS)
+        fours = gl.inline_asm_elementwise(
+            _take_asm(ROWS, AT_ONCE, TOKENS * OUTPUTS * 4),
+            _take_constraints(ROWS),
+            (at.to(gl.int64), count, own_part) + own_fours,  # noqa: RUF005 - Gluon has no *
+            dtype=(gl.float32,) * (4 * ROWS),
+            is_pure=False,
+            pack=1,
+        )
+        total += gl.convert_layout(_rows(fours), _FOURS, assert_trivial=True)
+    return total
 
 
 @gluon.constexpr_function
 def _take_asm(rows, parts, part_bytes):
-    """Reads a thread's fours of some rows, of all parts that there are, until none is EMPTY; leaves
-    EMPTY there; and adds up the parts. Its registers are four sums of each row, then a pointer to
-    the four of the first row and part, then how many parts there are."""
-    pointer, count = f"${4 * rows}", f"${4 * rows + 1}"
-    numbers = [f"v{i}" for i in range(4 * rows * parts)]
-    lines = [f".reg .b32 most, none, v<{len(numbers)}>;", f".reg .pred empty, there<{parts}>;"]
+    """Reads a thread's fours of some rows, of all parts that there are but its own, until none is
+    EMPTY; leaves EMPTY there; and adds up the parts. Its registers are four sums of each row, then
+    a pointer to the four of the first row and part, how many parts there are, which is its own, and
+    the fours of that."""
+    size = 4 * rows
+    pointer, count, own = (f"${size + i}" for i in range(3))
+    numbers = [f"v{i}" for i in range(size * parts)]
+    lines = [f".reg .b32 most, none, v<{len(numbers)}>;", f".reg .pred is, there<{parts}>;"]
     lines += ["mov.b32 none, -1;"]
-    lines += [f"mov.b32 {v}, 0;" for v in numbers]
-    lines += [f"setp.gt.s32 there{part}, {count}, {part};" for part in range(parts)]
     loads, leaves = [], []
-    for i in range(rows * parts):
-        part, row = i // rows, i % rows
-        at = f"[{pointer} + {part * part_bytes + row * 2048}]"
-        four = ", ".join(numbers[4 * i : 4 * i + 4])
-        loads += [f"@there{part} ld.relaxed.gpu.global.v4.b32 {{{four}}}, {at};"]
-        leaves += [f"@there{part} st.global.v4.b32 {at}, {{none, none, none, none}};"]
+    for part in range(parts):
+        lines += [f"setp.eq.s32 is, {own}, {part};"]
+        lines += [f"selp.b32 v{part * size + i}, ${size + 3 + i}, 0, is;" for i in range(size)]
+        lines += [f"setp.gt.and.s32 there{part}, {count}, {part}, !is;"]
+        for row in range(rows):
+            at = f"[{pointer} + {part * part_bytes + row * 2048}]"
+            first = part * size + row * 4
+            four = ", ".join(numbers[first : first + 4])
+            loads += [f"@there{part} ld.relaxed.gpu.global.v4.b32 {{{four}}}, {at};"]
+            leaves += [f"@there{part} st.global.v4.b32 {at}, {{none, none, none, none}};"]
     lines += ["again:", *loads, "mov.b32 most, v0;"]
     lines += [f"max.u32 most, most, {v};" for v in numbers]
-    lines += ["setp.eq.u32 empty, most, none;", "@empty bra again;", *leaves]
-    for i in range(4 * rows):
+    lines += ["setp.eq.u32 is, most, none;", "@is bra again;", *leaves]
+    for i in range(size):
         lines += [f"mov.b32 ${i}, v{i};"]
-        lines += [f"add.f32 ${i}, ${i}, v{i + part * 4 * rows};" for part in range(1, parts)]
+        lines += [f"add.f32 ${i}, ${i}, v{i + part * size};" for part in range(1, parts)]
     return "{\n" + "\n".join(lines) + "\n}"
 
 
 @gluon.constexpr_function
 def _take_constraints(rows):
-    return ",".join(["=&f"] * (4 * rows) + ["l", "r"])
+    return ",".join(["=&f"] * (4 * rows) + ["l", "r", "r"] + ["f"] * (4 * rows))
+
+
+@gluon.jit
+def _halves(rows):
+    """[rows, 512] -> two of half as many."""
+    return rows.reshape([2, rows.shape[0] // 2, 512]).permute((1, 2, 0)).split()
+
+
+@gluon.jit
+def _pick(rows, chunk, CHUNKS: gl.constexpr):
+    """The rows of one of some chunks."""
+    if CHUNKS == 1:
+        return rows
+    else:
+        HALF: gl.constexpr = CHUNKS // 2
+        left, right = _halves(rows)
+        return _pick(gl.where((chunk & HALF) == 0, left, right), chunk, HALF)
+
+
+@gluon.jit
+def _fours(rows):
+    """[rows, 512] -> four tensors [128] of each row."""
+    if rows.shape[0] == 1:
+        left, right = rows.reshape([128, 2, 2]).split()
+        first, third = left.split()
+        second, fourth = right.split()
+        return (_one(first), _one(second), _one(third), _one(fourth))
+    else:
+        first, second = _halves(rows)
+        return _fours(first) + _fours(second)
+
+
+@gluon.jit
+def _one(numbers):
+    return gl.convert_layout(numbers, _THREADS, assert_trivial=True)
 
 
 @gluon.jit
 def _rows(fours):
-    """Four tensors [128] of each row -> [rows, 512]."""
+    """The inverse of `_fours`."""
     COUNT: gl.constexpr = len(fours)
     if COUNT == 4:
         left, right = gl.join(fours[0], fours[2]), gl.join(fours[1], fours[3])
@@ -133,28 +209,3 @@ def _rows(fours):
     else:
         first, second = _rows(fours[: COUNT // 2]), _rows(fours[COUNT // 2 :])
         return gl.join(first, second).permute((2, 0, 1)).reshape([COUNT // 4, 512])
-
-
-@gluon.jit
-def add_up(parts, TOKENS: gl.constexpr, place, ADDS: gl.constexpr):
-    """Waits for all parts, which must be under way: no more programs than the GPU runs at once.
-    Stores every count-th chunk of the tokens."""
-    CHUNK: gl.constexpr = TOKENS // 4 if TOKENS > 64 else 8
-    ROWS: gl.constexpr = CHUNK // 8
-    AT_ONCE: gl.constexpr = 8 if TOKENS <= 64 else 4
-    four = gl.arange(0, 128, layout=_THREADS) * 4
-    for chunk in range(parts.own, TOKENS // CHUNK, parts.count):
-        sums = gl.zeros([ROWS, 512], gl.float32, _FOURS)
-        for first in range(0, parts.count, AT_ONCE):
-            at = parts.sums_ptr + (first * TOKENS + chunk * CHUNK) * OUTPUTS + four
-            fours = gl.inline_asm_elementwise(
-                _take_asm(ROWS, AT_ONCE, TOKENS * OUTPUTS * 4),
-                _take_constraints(ROWS),
-                [at.to(gl.int64), gl.full([128], parts.count - first, gl.int32, _THREADS)],
-                dtype=(gl.float32,) * (4 * ROWS),
-                is_pure=False,
-                pack=1,
-            )
-            sums += gl.convert_layout(_rows(fours), _FOURS, assert_trivial=True)
-        sums = sums.reshape([ROWS, 4, 8, 4, 2, 2]).permute((1, 4, 2, 0, 3, 5))
-        store(sums.reshape([OUTPUTS, CHUNK]), place, ADDS, chunk * CHUNK)

@@ -1,9 +1,9 @@
 """Products of two and more tokens with 4-bit weights (int4_weight.py), in Gluon on Hopper:
 y = x W^T + b, or added to what is there.
 
-A program (hopper_split_k.py) has two groups of warps that multiply. Weights are dequantized into
-registers, from which tensor cores take them; while one group does so, the other multiplies. Both
-read the same inputs from shared memory.
+A program (hopper_split_k.py) has two or three groups of warps that multiply. Weights are
+dequantized into registers, from which tensor cores take them; while one group does so, another
+multiplies. All read the same inputs from shared memory.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ from sglang.kernels.hopper import (
     tiles_of,
 )
 from sglang.kernels.hopper_split_k import (
-    BLOCK_N,
     STEP,
     Plan,
     Result,
@@ -50,12 +49,12 @@ from sglang.kernels.int4_weight import Int4Weight
 
 
 class Ring(NamedTuple):
-    """As in hopper.py, of three tiles a stage. `ready` takes an arrival of each warp that loads,
-    `free` one of each group that multiplies."""
+    """As in hopper.py, of a tile of inputs a stage, and tiles of words and of scales for each group
+    that multiplies. `ready` takes an arrival of each warp that loads, `free` one of each group."""
 
     inputs: gl.shared_memory_descriptor  # [stages, BLOCK_M, STEP]
-    words: gl.shared_memory_descriptor  # int16 [stages, BLOCK_N, STEP / 4]
-    scales: gl.shared_memory_descriptor  # int32 [stages, groups, BLOCK_N]
+    words: gl.shared_memory_descriptor  # int16 [stages groups, OUTPUTS, STEP / 4]
+    scales: gl.shared_memory_descriptor  # int32 [stages groups, scales of an output, OUTPUTS]
     ready: gl.shared_memory_descriptor
     free: gl.shared_memory_descriptor
 
@@ -64,17 +63,20 @@ class Ring(NamedTuple):
 
 
 @gluon.jit
-def _load_weights(words, scales, ring, plan, GROUP: gl.constexpr):
+def _load_weights(words, scales, ring, plan, GROUP: gl.constexpr, GROUPS: gl.constexpr):
     """They do not depend on the kernel before."""
     turn = 0
     for item in range(num_items(plan)):
-        _m, own_n, first, end = item_at(item, plan, ring.inputs.shape[1])
-        n = inside(own_n, plan.n, BLOCK_N)
+        _m, own_n, first, end = item_at(item, plan, ring.inputs.shape[1], GROUPS)
+        n = inside(own_n, plan.n, GROUPS * OUTPUTS)
         for step in range(first, end):
             i, ready = next_stage(ring, turn)
-            mbarrier.expect(ready, words.block_type.nbytes + scales.block_type.nbytes)
-            load_tile(words, [n, step * (STEP // 4)], ready, ring.words.index(i))
-            load_tile(scales, [step * STEP // GROUP, n], ready, ring.scales.index(i))
+            size: gl.constexpr = words.block_type.nbytes + scales.block_type.nbytes
+            mbarrier.expect(ready, GROUPS * size)
+            for group in gl.static_range(GROUPS):
+                own, row = i * GROUPS + group, n + group * OUTPUTS
+                load_tile(words, [row, step * (STEP // 4)], ready, ring.words.index(own))
+                load_tile(scales, [step * STEP // GROUP, row], ready, ring.scales.index(own))
             turn += 1
 
 
@@ -82,8 +84,11 @@ def _load_weights(words, scales, ring, plan, GROUP: gl.constexpr):
 
 
 @gluon.jit
-def _multiply(half: gl.constexpr, result, ring, plan, GROUP: gl.constexpr, ADDS: gl.constexpr):
-    """Half of the outputs of each tile."""
+def _multiply(
+    group: gl.constexpr, result, ring, plan,
+    GROUP: gl.constexpr, GROUPS: gl.constexpr, ADDS: gl.constexpr,
+):  # fmt: skip
+    """A group's outputs of each tile."""
     STAGES: gl.constexpr = ring.inputs.shape[0]
     BLOCK_M: gl.constexpr = ring.inputs.shape[1]
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
@@ -94,8 +99,8 @@ def _multiply(half: gl.constexpr, result, ring, plan, GROUP: gl.constexpr, ADDS:
     outputs = gl.arange(0, OUTPUTS, layout=gl.SliceLayout(1, ACC))
     turn = 0
     for item in range(num_items(plan)):
-        own_m, own_n, first, end = item_at(item, plan, BLOCK_M)
-        place = place_of(half, result.out_ptr, plan, own_m, own_n, BLOCK_M)
+        own_m, own_n, first, end = item_at(item, plan, BLOCK_M, GROUPS)
+        place = place_of(group, result.out_ptr, plan, own_m, own_n, BLOCK_M, GROUPS)
         acc = gl.zeros([OUTPUTS, BLOCK_M], gl.float32, ACC)
         if result.bias_ptr is not None:
             bias = gl.load(result.bias_ptr + place.n + outputs).to(gl.float32)
@@ -103,8 +108,8 @@ def _multiply(half: gl.constexpr, result, ring, plan, GROUP: gl.constexpr, ADDS:
         for _step in range(first, end):
             i = turn % STAGES
             mbarrier.wait(ring.ready.index(i), turn // STAGES & 1)
-            words = ring.words.index(i).slice(half * OUTPUTS, OUTPUTS, 0).load(WORDS)
-            scales = ring.scales.index(i).slice(half * OUTPUTS, OUTPUTS, 1).load(SCALES)
+            words = ring.words.index(i * GROUPS + group).load(WORDS)
+            scales = ring.scales.index(i * GROUPS + group).load(SCALES)
             inputs = ring.inputs.index(i).permute((1, 0))
             weights = dequantize(words, scales, GROUP, not SCALE_SUMS, ring.inputs.dtype, WEIGHTS)
             if SCALE_SUMS:
@@ -120,17 +125,17 @@ def _multiply(half: gl.constexpr, result, ring, plan, GROUP: gl.constexpr, ADDS:
                 acc = warpgroup_mma_wait(0, deps=(acc,))
             mbarrier.arrive(ring.free.index(i))
             turn += 1
-        finish(acc, item, half, plan, place, result.sums_ptr, ADDS)
+        finish(acc, item, group, plan, place, result.sums_ptr, GROUPS, ADDS)
 
 
 @gluon.jit(do_not_specialize=["num_tokens", "steps", "part_steps", "rounds", "left"])
 def _int4_kernel(
     x,  # a descriptor of [T, K], tiles of [BLOCK_M, STEP]
-    words,  # int16 [N, K / 4], tiles of [BLOCK_N, STEP / 4]
-    scales,  # int32 [groups, N], tiles of [groups of a STEP, BLOCK_N]
+    words,  # int16 [N, K / 4], tiles of [OUTPUTS, STEP / 4]
+    scales,  # int32 [K / GROUP, N], tiles of [STEP / GROUP, OUTPUTS]
     bias_ptr,
     out_ptr,  # [T, N]
-    sums_ptr,  # float32 [left, 2, splits, OUTPUTS BLOCK_M], EMPTY
+    sums_ptr,  # float32 [left, GROUPS, splits, OUTPUTS BLOCK_M], EMPTY
     num_tokens,
     n,
     steps,
@@ -141,39 +146,58 @@ def _int4_kernel(
     ADDS: gl.constexpr,
     STAGES: gl.constexpr,
     PER_SM: gl.constexpr,
+    GROUPS: gl.constexpr,
 ):
     gdc_launch_dependents()
-    ready, free = barriers(STAGES, 2), barriers(STAGES, 2)
-    ring = Ring(room_for(x, STAGES), room_for(words, STAGES), room_for(scales, STAGES), ready, free)
+    ready, free = barriers(STAGES, 2), barriers(STAGES, GROUPS)
+    own: gl.constexpr = STAGES * GROUPS
+    ring = Ring(room_for(x, STAGES), room_for(words, own), room_for(scales, own), ready, free)
     fence_async_shared()  # the barriers are there before anyone waits
     plan = Plan(num_tokens, n, steps, part_steps, rounds, left)
     result = Result(bias_ptr, out_ptr, sums_ptr)
     FIRST: gl.constexpr = 0
     SECOND: gl.constexpr = 1
-    gl.warp_specialize(
-        [
-            (_multiply, (FIRST, result, ring, plan, GROUP, ADDS)),
-            (_multiply, (SECOND, result, ring, plan, GROUP, ADDS)),
-            (load_inputs, (x, ring.inputs, ring, plan)),
-            (_load_weights, (words, scales, ring, plan, GROUP)),
-        ],
-        [4, 1, 1],
-        [232 if PER_SM == 1 else 104, 24, 24],  # registers of a thread
-    )
+    THIRD: gl.constexpr = 2
+    # The last numbers are registers of a thread.
+    if GROUPS == 2:
+        gl.warp_specialize(
+            [
+                (_multiply, (FIRST, result, ring, plan, GROUP, GROUPS, ADDS)),
+                (_multiply, (SECOND, result, ring, plan, GROUP, GROUPS, ADDS)),
+                (load_inputs, (x, ring.inputs, ring, plan, GROUPS)),
+                (_load_weights, (words, scales, ring, plan, GROUP, GROUPS)),
+            ],
+            [4, 1, 1],
+            [232 if PER_SM == 1 else 104, 24, 24],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_multiply, (FIRST, result, ring, plan, GROUP, GROUPS, ADDS)),
+                (_multiply, (SECOND, result, ring, plan, GROUP, GROUPS, ADDS)),
+                (_multiply, (THIRD, result, ring, plan, GROUP, GROUPS, ADDS)),
+                (load_inputs, (x, ring.inputs, ring, plan, GROUPS)),
+                (_load_weights, (words, scales, ring, plan, GROUP, GROUPS)),
+            ],
+            [4, 4, 1, 1],
+            [160, 160, 24, 24],
+        )
 
 
 # --- on the host ---------------------------------------------------------------------------------
 
 
 TILES = (  # on an H200
-    Tile(16, stages=7, start=2.2, step=0.65, load=0.002, parts=0.9, each_part=0.10, per_sm=2),
-    Tile(16, stages=8, start=1.7, step=0.44, load=0.002, parts=0.9, each_part=0.14),
-    Tile(32, stages=6, start=2.6, step=0.66, load=0.002, parts=0.9, each_part=0.17, per_sm=2),
-    Tile(32, stages=8, start=1.7, step=0.46, load=0.002, parts=2.1, each_part=0.02),
-    Tile(64, stages=4, start=1.8, step=0.95, load=0.002, parts=2.3, each_part=0.38, per_sm=2),
-    Tile(64, stages=6, start=3.1, step=0.53, load=0.002, parts=1.8, each_part=0.03),
-    Tile(128, stages=5, start=0.9, step=0.78, load=0.002, parts=3.9, each_part=0.27),
-    Tile(256, stages=3, start=0.1, step=1.32, load=0.002, parts=4.5, each_part=1.66),
+    Tile(16, stages=7, start=2.21, step=0.63, load=0.002, parts=0.97, each_part=0.04, per_sm=2),
+    Tile(16, stages=8, start=1.43, step=0.42, load=0.002, parts=0.84, each_part=0.22),
+    Tile(32, stages=6, start=1.84, step=0.78, load=0.002, parts=1.17, each_part=0.17, per_sm=2),
+    Tile(32, stages=8, start=1.95, step=0.40, load=0.002, parts=1.99, each_part=0.07),
+    Tile(64, stages=4, start=0.61, step=0.99, load=0.002, parts=2.22, each_part=0.53, per_sm=2),
+    Tile(64, stages=6, start=1.83, step=0.55, load=0.002, parts=2.17, each_part=0.01),
+    Tile(64, stages=6, start=2.23, step=0.71, load=0.003, parts=3.03, each_part=0.15, groups=3),
+    Tile(128, stages=5, start=0.26, step=0.78, load=0.002, parts=3.64, each_part=0.42),
+    Tile(128, stages=4, start=0.64, step=1.06, load=0.003, parts=4.79, each_part=0.43, groups=3),
+    Tile(256, stages=3, start=0.16, step=1.31, load=0.002, parts=2.47, each_part=1.49),
 )
 
 
@@ -182,7 +206,7 @@ def usable(x: torch.Tensor, w: Int4Weight) -> bool:
     return (
         multiprocessors(x.device) > 0
         and x.dtype in (torch.float16, torch.bfloat16)
-        and n >= BLOCK_N.value
+        and n >= 2 * OUTPUTS.value
         and n % 8 == 0
         and k % STEP.value == 0
         and (w.group_size in (32, 64) or w.group_size % STEP.value == 0)
@@ -208,14 +232,15 @@ def int4_hopper_linear(
 
     _int4_kernel[programs](
         tiles_of(x, [split.tile.block_m, STEP.value]),
-        tiles_of(w.packed.view(torch.int16), [BLOCK_N.value, STEP.value // 4], 64),
-        tiles_of(w.scales, [groups, BLOCK_N.value], 0),
+        tiles_of(w.packed.view(torch.int16), [OUTPUTS.value, STEP.value // 4], 64),
+        tiles_of(w.scales, [groups, OUTPUTS.value], 0),
         bias, out, sums, *plan,
         GROUP=w.group_size,
         ADDS=added is not None,
         STAGES=split.tile.stages,
         PER_SM=split.tile.per_sm,
-        maxnreg=65536 // (384 * split.tile.per_sm) // 8 * 8,  # all that there are
+        GROUPS=split.tile.groups,
+        maxnreg=split.tile.registers,
         num_warps=4,
         launch_pdl=True,
     )  # fmt: skip

@@ -28,7 +28,6 @@ from sglang.kernels.hopper import (
     tiles_of,
 )
 from sglang.kernels.hopper_split_k import (
-    BLOCK_N,
     STEP,
     Plan,
     Result,
@@ -43,6 +42,9 @@ from sglang.kernels.hopper_split_k import (
 )
 from sglang.kernels.hopper_sums import OUTPUTS
 
+GROUPS = gl.constexpr(2)
+BLOCK_N = gl.constexpr(GROUPS.value * OUTPUTS.value)
+
 
 class Scaling(NamedTuple):
     x_scale_ptr: gl.tensor  # float32 [T]
@@ -54,7 +56,7 @@ def _load_weights(weight, ring, plan):
     """They do not depend on the kernel before."""
     turn = 0
     for item in range(num_items(plan)):
-        _m, own_n, first, end = item_at(item, plan, ring.tiles.shape[1])
+        _m, own_n, first, end = item_at(item, plan, ring.tiles.shape[1], GROUPS)
         n = inside(own_n, plan.n, BLOCK_N)
         for step in range(first, end):
             i, ready = next_stage(ring, turn)
@@ -64,7 +66,7 @@ def _load_weights(weight, ring, plan):
 
 
 @gluon.jit
-def _multiply(half: gl.constexpr, scaling, result, ring, plan, ADDS: gl.constexpr):
+def _multiply(group: gl.constexpr, scaling, result, ring, plan, ADDS: gl.constexpr):
     """Half of the outputs of each tile."""
     BLOCK_M: gl.constexpr = ring.tiles.shape[1]
     IS_INT: gl.constexpr = ring.tiles.dtype == gl.int8
@@ -78,8 +80,8 @@ def _multiply(half: gl.constexpr, scaling, result, ring, plan, ADDS: gl.constexp
         gdc_wait()  # the kernel before made the scales of tokens
     turn = 0
     for item in range(num_items(plan)):
-        own_m, own_n, first, end = item_at(item, plan, BLOCK_M)
-        place = place_of(half, result.out_ptr, plan, own_m, own_n, BLOCK_M)
+        own_m, own_n, first, end = item_at(item, plan, BLOCK_M, GROUPS)
+        place = place_of(group, result.out_ptr, plan, own_m, own_n, BLOCK_M, GROUPS)
         if scaling.scale_ptr is not None:
             m = gl.minimum(place.m + tokens, plan.num_tokens - 1)
             scales = gl.load(scaling.scale_ptr + place.n + outputs)
@@ -87,7 +89,7 @@ def _multiply(half: gl.constexpr, scaling, result, ring, plan, ADDS: gl.constexp
         acc = gl.zeros([OUTPUTS, BLOCK_M], SUM, ACC)
         for step in range(first, end):
             inputs, weights, ready, _free, parity = pair_stage(ring, turn)
-            weights = weights.slice(half * OUTPUTS, OUTPUTS, 0)
+            weights = weights.slice(group * OUTPUTS, OUTPUTS, 0)
             mbarrier.wait(ready, parity)
             acc = warpgroup_mma(weights, inputs.permute((1, 0)), acc, is_async=True)
             acc = warpgroup_mma_wait(1, deps=(acc,))
@@ -101,7 +103,7 @@ def _multiply(half: gl.constexpr, scaling, result, ring, plan, ADDS: gl.constexp
         if result.bias_ptr is not None:
             bias = gl.load(result.bias_ptr + place.n + outputs).to(gl.float32)
             sums += gl.where(first == 0, bias, 0.0)[:, None]
-        finish(sums, item, half, plan, place, result.sums_ptr, ADDS)
+        finish(sums, item, group, plan, place, result.sums_ptr, GROUPS, ADDS)
 
 
 @gluon.jit(do_not_specialize=["num_tokens", "steps", "part_steps", "rounds", "left"])
@@ -136,7 +138,7 @@ def _linear_kernel(
         [
             (_multiply, (FIRST, scaling, result, ring, plan, ADDS)),
             (_multiply, (SECOND, scaling, result, ring, plan, ADDS)),
-            (load_inputs, (x, ring.tiles, ring, plan)),
+            (load_inputs, (x, ring.tiles, ring, plan, GROUPS)),
             (_load_weights, (weight, ring, plan)),
         ],
         [4, 1, 1],

@@ -24,9 +24,10 @@ def test_items_are_all_steps_of_all_tiles_once(seed: int, monkeypatch) -> None:
     processors = rng.choice([5, 114, 132])
     tiles = rng.choice(ALL_TILES)
     split = rng.choice(possible_splits(tiles, num_tokens, n, k, processors))
+    block_m, block_n, groups = split.tile.block_m, split.tile.block_n, split.tile.groups
     columns, rounds, left = split.shares(num_tokens, n, processors)
     assert columns * split.splits <= processors * split.tile.per_sm
-    assert left * split.splits * split.tile.block_m <= processors * hopper_split_k.MOST_TOKENS
+    assert left * split.splits * block_m * block_n <= processors * hopper_split_k.MOST_SUMS
     at = [0, 0]
     host = SimpleNamespace(
         maximum=max, minimum=min, where=lambda c, a, b: a if c else b, cdiv=lambda a, b: -(-a // b),
@@ -35,13 +36,13 @@ def test_items_are_all_steps_of_all_tiles_once(seed: int, monkeypatch) -> None:
     for module in (hopper, hopper_split_k):
         monkeypatch.setattr(module, "gl", host)
     monkeypatch.setattr(hopper_split_k, "tile_at", hopper.tile_at.fn)
-    monkeypatch.setattr(hopper_split_k, "BLOCK_N", 128)
+    monkeypatch.setattr(hopper_split_k, "OUTPUTS", 64)
     plan = Plan(num_tokens, n, k // 128, -(-k // 128 // split.splits), rounds, left)
     done: dict[tuple[int, int], list[tuple[int, int]]] = {}
     for at[:] in itertools.product(range(split.splits), range(columns)):
         for i in range(hopper_split_k.num_items.fn(plan)):
-            m, first_n, first, end = hopper_split_k.item_at.fn(i, plan, split.tile.block_m)
-            assert m % split.tile.block_m == first_n % 128 == 0
+            m, first_n, first, end = hopper_split_k.item_at.fn(i, plan, block_m, groups)
+            assert m % block_m == first_n % block_n == 0
             assert first < end
             done.setdefault((m, first_n), []).append((first, end))
     assert len(done) == rounds * columns * split.splits + left
@@ -67,8 +68,8 @@ def test_the_choice_is_legal_and_has_the_least_estimate(seed: int, tiles: tuple)
     "bits, tokens, n, k, block_m, splits",
     [
         (4, 2, 4096, 4096, 16, 8), (4, 16, 12288, 4096, 16, 2), (4, 32, 4096, 11008, 32, 8),
-        (4, 16, 22016, 4096, 16, 3), (4, 64, 22016, 4096, 64, 3), (4, 128, 4096, 4096, 128, 4),
-        (4, 256, 4096, 4096, 128, 2), (4, 256, 12288, 4096, 256, 1), (4, 256, 4096, 11008, 128, 2),
+        (4, 16, 22016, 4096, 16, 3), (4, 64, 22016, 4096, 64, 1), (4, 128, 4096, 4096, 128, 4),
+        (4, 256, 4096, 4096, 128, 2), (4, 256, 12288, 4096, 128, 1), (4, 256, 4096, 11008, 256, 4),
         (4, 2048, 12288, 4096, 256, 1),
         (8, 8, 12288, 4096, 16, 1), (8, 64, 4096, 4096, 64, 1), (8, 128, 4096, 4096, 64, 1),
         (8, 256, 4096, 4096, 64, 1), (8, 256, 22016, 4096, 128, 1), (8, 256, 4096, 11008, 64, 1),

@@ -19,6 +19,12 @@ if hopper is None:
 
 from sglang.kernels.hopper_split_k import Split, Tile, empty_sums  # noqa: E402
 
+each_tile = pytest.mark.parametrize(
+    "tile",
+    hopper.TILES,
+    ids=lambda t: f"{t.block_m} tokens, {t.block_n} outputs, {t.per_sm} programs",
+)
+
 
 def expected(x: torch.Tensor, w: Int4Weight, bias: torch.Tensor | None) -> torch.Tensor:
     """Added up in float32, which cuBLAS does not always do with 16-bit types."""
@@ -27,9 +33,7 @@ def expected(x: torch.Tensor, w: Int4Weight, bias: torch.Tensor | None) -> torch
 
 
 @on_hopper
-@pytest.mark.parametrize(
-    "tile", hopper.TILES, ids=lambda t: f"{t.block_m} tokens, {t.stages} stages"
-)
+@each_tile
 @pytest.mark.parametrize(
     "group, dtype",
     [
@@ -42,7 +46,7 @@ def test_agrees_with_its_twin_and_with_itself(group: int, tile: Tile, dtype: tor
     torch.manual_seed(0)
     for i in range(5):
         k = rng.choice([256, 512, 1280, 4096])
-        n = rng.choice([128, 144, 1168, 2016, 4112])
+        n = rng.choice([tile.block_n, tile.block_n + 16, 1168, 2016, 4112])
         tokens = rng.choice([2, block_m - 1, block_m, block_m + 37, rng.randint(1, 2048)])
         w = random_int4(n, k, group, torch.bfloat16)
         x = randn(tokens, k, dtype=dtype) / k**0.5
@@ -60,22 +64,21 @@ def test_full_rounds_and_parts_of_any_number_in_one_launch() -> None:
     processors = hopper.multiprocessors(torch.device("cuda"))
     w = random_int4((processors + 16) * 128 - 8, 2048, 128, torch.bfloat16)
     x = randn(256 - 3, 2048, dtype=torch.float16) / 2048**0.5
+    tile = max(hopper.TILES, key=lambda tile: tile.block_m)
     for splits in (1, 2, 3, 4, 6):
-        split = Split(hopper.TILES[-1], splits)
+        split = Split(tile, splits)
         _columns, rounds, left = split.shares(len(x), w.packed.shape[0], processors)
         assert rounds == 1 and left > 0
         assert_close(hopper.int4_hopper_linear(x, w, None, split), expected(x, w, None))
 
 
 @on_hopper
-@pytest.mark.parametrize(
-    "tile", hopper.TILES, ids=lambda t: f"{t.block_m} tokens, {t.stages} stages"
-)
+@each_tile
 def test_adds_to_what_is_there_wherever_tiles_overlap(tile: Tile) -> None:
     rng = random.Random(tile.block_m)
     torch.manual_seed(0)
     for tokens in (tile.block_m, tile.block_m + 5, 700):
-        n, k = rng.choice([136, 1168, 2016]), 1280
+        n, k = rng.choice([tile.block_n + 8, 1168, 2016]), 1280
         w = random_int4(n, k, 128, torch.bfloat16)
         x, there = (
             randn(tokens, k, dtype=torch.float16) / k**0.5,
@@ -88,9 +91,7 @@ def test_adds_to_what_is_there_wherever_tiles_overlap(tile: Tile) -> None:
 
 
 @on_hopper
-@pytest.mark.parametrize(
-    "tile", hopper.TILES, ids=lambda t: f"{t.block_m} tokens, {t.stages} stages"
-)
+@each_tile
 @pytest.mark.parametrize("bits", [-1, 0x7F80])
 def test_parts_that_are_no_numbers_are_not_waited_for(tile: Tile, bits: int) -> None:
     """NaNs, infinities. And what was there to be waited for is there again."""
@@ -118,9 +119,7 @@ class Recorded:
 
 
 @on_hopper
-@pytest.mark.parametrize(
-    "tile", hopper.TILES, ids=lambda t: f"{t.block_m} tokens, {t.stages} stages"
-)
+@each_tile
 @pytest.mark.parametrize("group", [32, 64, 128])
 def test_a_multiprocessor_has_room_for_all_programs_and_no_more(
     tile: Tile, group: int, monkeypatch
@@ -132,7 +131,8 @@ def test_a_multiprocessor_has_room_for_all_programs_and_no_more(
     monkeypatch.setattr(hopper, "_int4_kernel", kernel)
     hopper.int4_hopper_linear(x, w, None, Split(tile, 1))
     shared = properties.shared_memory_per_multiprocessor // (kernel.compiled.metadata.shared + 1024)
-    registers = properties.regs_per_multiprocessor // (384 * kernel.compiled.n_regs)
+    threads = 128 * (tile.groups + 1)
+    registers = properties.regs_per_multiprocessor // (threads * kernel.compiled.n_regs)
     assert min(shared, registers) == tile.per_sm
 
 
