@@ -3,7 +3,9 @@ outputs with some tokens, and stores them; or they are a part of a tile's only, 
 programs share out the tokens and add them up, always in the same order.
 
 Parts meet in memory, where each number says itself whether it is there, as in NCCL's protocol LL:
-no fence, no counter, whose ways to memory and back took longer than products of few tokens.
+no fence, no counter, whose ways to memory and back took longer than products of few tokens. They
+are to stay in the L2 cache: in a decoder weights and KV stream through it between two products, and
+whoever looked for numbers there would wait for memory first.
 """
 
 from __future__ import annotations
@@ -78,9 +80,9 @@ _THREADS = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 
 @gluon.jit
 def add_up(sums, parts, place, ADDS: gl.constexpr):
-    """sums: a part, [OUTPUTS, tokens], float32. Gives the others theirs of it, takes its own of
-    the others, every count-th chunk of the tokens, and stores that. The others must be under way:
-    no more programs than the GPU runs at once."""
+    """sums: a part, [OUTPUTS, tokens], float32. A part's program adds up every count-th chunk of
+    the tokens: it keeps those of its own part, gives away the others, and stores the sums of all
+    parts. The others must be under way: no more programs than the GPU runs at once."""
     TOKENS: gl.constexpr = sums.shape[1]
     CHUNK: gl.constexpr = min(max(TOKENS // 4, 8), 32)
     ROWS: gl.constexpr = CHUNK // 8
@@ -97,7 +99,8 @@ def add_up(sums, parts, place, ADDS: gl.constexpr):
     row = gl.arange(0, TOKENS // 8, layout=gl.SliceLayout(1, _FOURS))
     at = row[:, None] * 512 + gl.arange(0, 512, layout=gl.SliceLayout(0, _FOURS))[None, :]
     theirs = (own_chunks >> (row // ROWS) & 1) == 0
-    gl.store(parts.sums_ptr + parts.own * (TOKENS * OUTPUTS) + at, sums, mask=theirs[:, None])
+    own_ptr = parts.sums_ptr + parts.own * (TOKENS * OUTPUTS)
+    gl.store(own_ptr + at, sums, mask=theirs[:, None], eviction_policy="evict_last")
     for chunk in range(parts.own, CHUNKS, parts.count):
         total = _all_of(_pick(sums, chunk, CHUNKS), chunk, parts, TOKENS)
         total = total.reshape([ROWS, 4, 8, 4, 2, 2]).permute((1, 4, 2, 0, 3, 5))
@@ -138,8 +141,9 @@ def _take_asm(rows, parts, part_bytes):
     pointer, count, own = (f"${size + i}" for i in range(3))
     numbers = [f"v{i}" for i in range(size * parts)]
     lines = [f".reg .b32 most, none, v<{len(numbers)}>;", f".reg .pred is, there<{parts}>;"]
+    lines += [".reg .b64 keep;", "createpolicy.fractional.L2::evict_last.b64 keep, 1.0;"]
     lines += ["mov.b32 none, -1;"]
-    loads, leaves = [], []
+    kept, loads, leaves = "L2::cache_hint.v4.b32", [], []
     for part in range(parts):
         lines += [f"setp.eq.s32 is, {own}, {part};"]
         lines += [f"selp.b32 v{part * size + i}, ${size + 3 + i}, 0, is;" for i in range(size)]
@@ -148,8 +152,8 @@ def _take_asm(rows, parts, part_bytes):
             at = f"[{pointer} + {part * part_bytes + row * 2048}]"
             first = part * size + row * 4
             four = ", ".join(numbers[first : first + 4])
-            loads += [f"@there{part} ld.relaxed.gpu.global.v4.b32 {{{four}}}, {at};"]
-            leaves += [f"@there{part} st.global.v4.b32 {at}, {{none, none, none, none}};"]
+            loads += [f"@there{part} ld.relaxed.gpu.global.{kept} {{{four}}}, {at}, keep;"]
+            leaves += [f"@there{part} st.global.{kept} {at}, {{none, none, none, none}}, keep;"]
     lines += ["again:", *loads, "mov.b32 most, v0;"]
     lines += [f"max.u32 most, most, {v};" for v in numbers]
     lines += ["setp.eq.u32 is, most, none;", "@is bra again;", *leaves]
