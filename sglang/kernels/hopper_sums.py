@@ -45,17 +45,34 @@ def store(sums, place, ADDS: gl.constexpr, first=0):
         store(left, place, ADDS, first)
         store(right, place, ADDS, first + SIZE)
     else:
-        DTYPE: gl.constexpr = place.out_ptr.dtype.element_ty
-        sums = gl.convert_layout(sums.to(DTYPE), _ROWS)
-        m = place.m + first + gl.arange(0, sums.shape[1], layout=gl.SliceLayout(0, _ROWS))
-        n = place.n + gl.arange(0, OUTPUTS, layout=gl.SliceLayout(1, _ROWS))
-        in_m = (m >= place.own_m) & (m < place.num_tokens)
-        at = m.to(gl.int64)[None, :] * place.num_outputs + n[:, None]
-        mask = in_m[None, :] & (n >= place.own_n)[:, None]
-        if ADDS:
-            there = gl.load(place.out_ptr + at, mask=mask, other=0.0)
-            sums = (sums.to(gl.float32) + there.to(gl.float32)).to(DTYPE)
-        gl.store(place.out_ptr + at, sums, mask=mask)
+        _put(sums, _there(place, first, sums.shape[1], ADDS), ADDS)
+
+
+class There(NamedTuple):
+    """Where sums go."""
+
+    ptr: gl.tensor
+    mask: gl.tensor
+    value: gl.tensor  # to be added
+
+
+@gluon.jit
+def _there(place, first, TOKENS: gl.constexpr, ADDS: gl.constexpr):
+    m = place.m + first + gl.arange(0, TOKENS, layout=gl.SliceLayout(0, _ROWS))
+    n = place.n + gl.arange(0, OUTPUTS, layout=gl.SliceLayout(1, _ROWS))
+    in_m = (m >= place.own_m) & (m < place.num_tokens)
+    ptr = place.out_ptr + (m.to(gl.int64)[None, :] * place.num_outputs + n[:, None])
+    mask = in_m[None, :] & (n >= place.own_n)[:, None]
+    return There(ptr, mask, gl.load(ptr, mask=mask, other=0.0) if ADDS else 0.0)
+
+
+@gluon.jit
+def _put(sums, there, ADDS: gl.constexpr):
+    DTYPE: gl.constexpr = there.ptr.dtype.element_ty
+    sums = gl.convert_layout(sums.to(DTYPE), _ROWS)
+    if ADDS:
+        sums = (sums.to(gl.float32) + there.value.to(gl.float32)).to(DTYPE)
+    gl.store(there.ptr, sums, mask=there.mask)
 
 
 EMPTY = gl.constexpr(-1)
@@ -102,9 +119,10 @@ def add_up(sums, parts, place, ADDS: gl.constexpr):
     own_ptr = parts.sums_ptr + parts.own * (TOKENS * OUTPUTS)
     gl.store(own_ptr + at, sums, mask=theirs[:, None], eviction_policy="evict_last")
     for chunk in range(parts.own, CHUNKS, parts.count):
+        there = _there(place, chunk * CHUNK, CHUNK, ADDS)  # is on its way while it waits
         total = _all_of(_pick(sums, chunk, CHUNKS), chunk, parts, TOKENS)
         total = total.reshape([ROWS, 4, 8, 4, 2, 2]).permute((1, 4, 2, 0, 3, 5))
-        store(total.reshape([OUTPUTS, CHUNK]), place, ADDS, chunk * CHUNK)
+        _put(total.reshape([OUTPUTS, CHUNK]), there, ADDS)
 
 
 @gluon.jit
