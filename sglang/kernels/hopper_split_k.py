@@ -26,7 +26,7 @@ from sglang.kernels.hopper_sums import EMPTY, OUTPUTS, Parts, Place, add_up, sto
 STEP = gl.constexpr(128)
 """Inputs that are loaded and multiplied at a time."""
 MOST_SUMS = 256 * 128
-"""Of the programs of an SM."""
+"""Numbers of the parts that an SM's programs have."""
 
 
 class Plan(NamedTuple):
@@ -139,7 +139,8 @@ class Tile:
 
     @property
     def registers(self) -> int:
-        """All that a thread can have at the start, one of all groups that multiply and another."""
+        """Of a thread at the start: all that there are, for the groups that multiply and one more,
+        which has the warps that load."""
         return 65536 // (128 * (self.groups + 1) * self.per_sm) // 8 * 8
 
 
@@ -189,7 +190,7 @@ class Split:
     ) -> tuple[tuple[int, int], torch.Tensor, tuple[int, ...]]:
         """(programs, room for parts' sums, what a Plan says)."""
         processors = multiprocessors(device)
-        assert self.is_legal(num_tokens, n, k, processors), "programs would wait forever"
+        assert self.is_legal(num_tokens, n, k, processors), "no way to share out the work"
         columns, rounds, left = self.shares(num_tokens, n, processors)
         steps = triton.cdiv(k, STEP.value)
         plan = (num_tokens, n, steps, triton.cdiv(steps, self.splits), rounds, left)
@@ -214,7 +215,7 @@ def possible_splits(
     least = 64 if num_tokens <= 256 else 128
     found = []
     for tile in tiles:
-        if tile.block_n <= n and (tile.block_m == enough or least <= tile.block_m < enough):
+        if tile.block_m == enough or least <= tile.block_m < enough:
             left = Split(tile, 1).shares(num_tokens, n, processors)[2]
             most = min(processors * tile.per_sm // max(left, 1), k // STEP.value // 2)
             found += [Split(tile, splits) for splits in range(1, max(most, 1) + 1)]

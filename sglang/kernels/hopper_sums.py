@@ -45,34 +45,36 @@ def store(sums, place, ADDS: gl.constexpr, first=0):
         store(left, place, ADDS, first)
         store(right, place, ADDS, first + SIZE)
     else:
-        _put(sums, _there(place, first, sums.shape[1], ADDS), ADDS)
+        _put(sums, _target(place, first, sums.shape[1], ADDS), ADDS)
 
 
-class There(NamedTuple):
-    """Where sums go."""
+class Target(NamedTuple):
+    """Where sums go, [OUTPUTS, tokens]."""
 
     ptr: gl.tensor
     mask: gl.tensor
-    value: gl.tensor  # to be added
+    value: gl.tensor  # what is there, if they are to be added to it
 
 
 @gluon.jit
-def _there(place, first, TOKENS: gl.constexpr, ADDS: gl.constexpr):
+def _target(place, first, TOKENS: gl.constexpr, ADDS: gl.constexpr):
+    """Of the tokens `first` and on. ADDS: what is there is loaded."""
     m = place.m + first + gl.arange(0, TOKENS, layout=gl.SliceLayout(0, _ROWS))
     n = place.n + gl.arange(0, OUTPUTS, layout=gl.SliceLayout(1, _ROWS))
     in_m = (m >= place.own_m) & (m < place.num_tokens)
     ptr = place.out_ptr + (m.to(gl.int64)[None, :] * place.num_outputs + n[:, None])
     mask = in_m[None, :] & (n >= place.own_n)[:, None]
-    return There(ptr, mask, gl.load(ptr, mask=mask, other=0.0) if ADDS else 0.0)
+    return Target(ptr, mask, gl.load(ptr, mask=mask, other=0.0) if ADDS else 0.0)
 
 
 @gluon.jit
-def _put(sums, there, ADDS: gl.constexpr):
-    DTYPE: gl.constexpr = there.ptr.dtype.element_ty
+def _put(sums, target, ADDS: gl.constexpr):
+    """Rounds, adds and stores."""
+    DTYPE: gl.constexpr = target.ptr.dtype.element_ty
     sums = gl.convert_layout(sums.to(DTYPE), _ROWS)
     if ADDS:
-        sums = (sums.to(gl.float32) + there.value.to(gl.float32)).to(DTYPE)
-    gl.store(there.ptr, sums, mask=there.mask)
+        sums = (sums.to(gl.float32) + target.value.to(gl.float32)).to(DTYPE)
+    gl.store(target.ptr, sums, mask=target.mask)
 
 
 EMPTY = gl.constexpr(-1)
@@ -86,7 +88,7 @@ class Parts(NamedTuple):
 
     sums_ptr: gl.tensor  # float32 [count, tokens / 8, 512], EMPTY
     count: gl.tensor
-    own: gl.tensor
+    own: gl.tensor  # which of them is this program's
 
 
 _FOURS = gl.constexpr(gl.BlockedLayout([1, 4], [1, 32], [1, 4], [1, 0]))
@@ -119,10 +121,10 @@ def add_up(sums, parts, place, ADDS: gl.constexpr):
     own_ptr = parts.sums_ptr + parts.own * (TOKENS * OUTPUTS)
     gl.store(own_ptr + at, sums, mask=theirs[:, None], eviction_policy="evict_last")
     for chunk in range(parts.own, CHUNKS, parts.count):
-        there = _there(place, chunk * CHUNK, CHUNK, ADDS)  # is on its way while it waits
+        target = _target(place, chunk * CHUNK, CHUNK, ADDS)  # is on its way while it waits
         total = _all_of(_pick(sums, chunk, CHUNKS), chunk, parts, TOKENS)
         total = total.reshape([ROWS, 4, 8, 4, 2, 2]).permute((1, 4, 2, 0, 3, 5))
-        _put(total.reshape([OUTPUTS, CHUNK]), there, ADDS)
+        _put(total.reshape([OUTPUTS, CHUNK]), target, ADDS)
 
 
 @gluon.jit
@@ -158,20 +160,20 @@ def _take_asm(rows, parts, part_bytes):
     size = 4 * rows
     pointer, count, own = (f"${size + i}" for i in range(3))
     numbers = [f"v{i}" for i in range(size * parts)]
-    lines = [f".reg .b32 most, none, v<{len(numbers)}>;", f".reg .pred is, there<{parts}>;"]
+    lines = [f".reg .b32 most, none, v<{len(numbers)}>;", f".reg .pred is, other<{parts}>;"]
     lines += [".reg .b64 keep;", "createpolicy.fractional.L2::evict_last.b64 keep, 1.0;"]
     lines += ["mov.b32 none, -1;"]
     kept, loads, leaves = "L2::cache_hint.v4.b32", [], []
     for part in range(parts):
         lines += [f"setp.eq.s32 is, {own}, {part};"]
         lines += [f"selp.b32 v{part * size + i}, ${size + 3 + i}, 0, is;" for i in range(size)]
-        lines += [f"setp.gt.and.s32 there{part}, {count}, {part}, !is;"]
+        lines += [f"setp.gt.and.s32 other{part}, {count}, {part}, !is;"]
         for row in range(rows):
             at = f"[{pointer} + {part * part_bytes + row * 2048}]"
             first = part * size + row * 4
             four = ", ".join(numbers[first : first + 4])
-            loads += [f"@there{part} ld.relaxed.gpu.global.{kept} {{{four}}}, {at}, keep;"]
-            leaves += [f"@there{part} st.global.{kept} {at}, {{none, none, none, none}}, keep;"]
+            loads += [f"@other{part} ld.relaxed.gpu.global.{kept} {{{four}}}, {at}, keep;"]
+            leaves += [f"@other{part} st.global.{kept} {at}, {{none, none, none, none}}, keep;"]
     lines += ["again:", *loads, "mov.b32 most, v0;"]
     lines += [f"max.u32 most, most, {v};" for v in numbers]
     lines += ["setp.eq.u32 is, most, none;", "@is bra again;", *leaves]

@@ -74,9 +74,9 @@ def _load_weights(words, scales, ring, plan, GROUP: gl.constexpr, GROUPS: gl.con
             size: gl.constexpr = words.block_type.nbytes + scales.block_type.nbytes
             mbarrier.expect(ready, GROUPS * size)
             for group in gl.static_range(GROUPS):
-                own, row = i * GROUPS + group, n + group * OUTPUTS
-                load_tile(words, [row, step * (STEP // 4)], ready, ring.words.index(own))
-                load_tile(scales, [step * STEP // GROUP, row], ready, ring.scales.index(own))
+                slot, row = i * GROUPS + group, n + group * OUTPUTS
+                load_tile(words, [row, step * (STEP // 4)], ready, ring.words.index(slot))
+                load_tile(scales, [step * STEP // GROUP, row], ready, ring.scales.index(slot))
             turn += 1
 
 
@@ -150,15 +150,16 @@ def _int4_kernel(
 ):
     gdc_launch_dependents()
     ready, free = barriers(STAGES, 2), barriers(STAGES, GROUPS)
-    own: gl.constexpr = STAGES * GROUPS
-    ring = Ring(room_for(x, STAGES), room_for(words, own), room_for(scales, own), ready, free)
+    SLOTS: gl.constexpr = STAGES * GROUPS
+    ring = Ring(room_for(x, STAGES), room_for(words, SLOTS), room_for(scales, SLOTS), ready, free)
     fence_async_shared()  # the barriers are there before anyone waits
     plan = Plan(num_tokens, n, steps, part_steps, rounds, left)
     result = Result(bias_ptr, out_ptr, sums_ptr)
     FIRST: gl.constexpr = 0
     SECOND: gl.constexpr = 1
     THIRD: gl.constexpr = 2
-    # The last numbers are registers of a thread.
+    # Behind the functions: warps, then registers of a thread, of all but the first of them, whose
+    # four warps have what is left.
     if GROUPS == 2:
         gl.warp_specialize(
             [
@@ -206,7 +207,7 @@ def usable(x: torch.Tensor, w: Int4Weight) -> bool:
     return (
         multiprocessors(x.device) > 0
         and x.dtype in (torch.float16, torch.bfloat16)
-        and n >= 2 * OUTPUTS.value
+        and n >= min(tile.block_n for tile in TILES)
         and n % 8 == 0
         and k % STEP.value == 0
         and (w.group_size in (32, 64) or w.group_size % STEP.value == 0)
@@ -228,12 +229,12 @@ def int4_hopper_linear(
         return out
     split = split or choose_split(TILES, num_tokens, n, k, multiprocessors(x.device))
     programs, sums, plan = split.launch(num_tokens, n, k, x.device)
-    groups = max(STEP.value // w.group_size, 1)
+    scales = max(STEP.value // w.group_size, 1)  # of an output, in a step
 
     _int4_kernel[programs](
         tiles_of(x, [split.tile.block_m, STEP.value]),
         tiles_of(w.packed.view(torch.int16), [OUTPUTS.value, STEP.value // 4], 64),
-        tiles_of(w.scales, [groups, OUTPUTS.value], 0),
+        tiles_of(w.scales, [scales, OUTPUTS.value], 0),
         bias, out, sums, *plan,
         GROUP=w.group_size,
         ADDS=added is not None,

@@ -67,7 +67,7 @@ def _load_weights(weight, ring, plan):
 
 @gluon.jit
 def _multiply(group: gl.constexpr, scaling, result, ring, plan, ADDS: gl.constexpr):
-    """Half of the outputs of each tile."""
+    """A group's outputs of each tile."""
     BLOCK_M: gl.constexpr = ring.tiles.shape[1]
     IS_INT: gl.constexpr = ring.tiles.dtype == gl.int8
     SUM: gl.constexpr = gl.int32 if IS_INT else gl.float32
@@ -114,7 +114,7 @@ def _linear_kernel(
     scale_ptr,  # ...float32 [N], of 8-bit weights
     bias_ptr,
     out_ptr,  # [T, N]
-    sums_ptr,  # float32 [left, 2, splits, OUTPUTS BLOCK_M], EMPTY
+    sums_ptr,  # float32 [left, GROUPS, splits, OUTPUTS BLOCK_M], EMPTY
     num_tokens,
     n,
     steps,
@@ -146,7 +146,7 @@ def _linear_kernel(
     )  # fmt: skip
 
 
-TILES = (  # on an H200
+TILES = (  # on an H200, when parts took longer
     Tile(16, stages=8, start=1.7, step=0.25, load=0.0036, parts=1.2, each_part=0.00),
     Tile(32, stages=8, start=2.5, step=0.22, load=0.0036, parts=1.8, each_part=0.02),
     Tile(64, stages=8, start=3.4, step=0.21, load=0.0036, parts=3.3, each_part=0.05),

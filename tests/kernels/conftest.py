@@ -17,3 +17,16 @@ if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
             "set TRITON_INTERPRET=1, or run tests/kernels by itself"
         )
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture
+def parts_are_left_empty():
+    """Behind products on Hopper: where parts of sums meet, no number is left."""
+    yield
+    from .common import ON_HOPPER
+
+    if ON_HOPPER:
+        from sglang.kernels.hopper_split_k import empty_sums
+
+        sums = empty_sums(torch.device("cuda", torch.cuda.current_device()))
+        assert (sums.view(torch.int32) == -1).all()

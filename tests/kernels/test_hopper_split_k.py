@@ -56,32 +56,42 @@ def test_items_are_all_steps_of_all_tiles_once(seed: int, monkeypatch) -> None:
 def test_the_choice_is_legal_and_has_the_least_estimate(seed: int, tiles: tuple) -> None:
     rng = random.Random(seed)
     k = 128 * rng.randint(1, 100)
-    shape = (rng.randint(2, 9000), 8 * rng.randint(16, 3000), k, rng.choice([20, 78, 114, 132]))
+    n = rng.choice([128, 136, 184, 192, 200, 8 * rng.randint(16, 3000)])
+    shape = (rng.randint(2, 9000), n, k, rng.choice([20, 78, 114, 132]))
     split = choose_split(tiles, *shape)
-    assert split.is_legal(*shape)
+    assert split.is_legal(*shape) and split.tile.block_n <= n
     assert split.tile.block_m >= min(shape[0], 64)
     least = min(split.estimate(*shape) for split in possible_splits(tiles, *shape))
     assert split.estimate(*shape) == pytest.approx(least, abs=0.01)
 
 
 @pytest.mark.parametrize(
-    "bits, tokens, n, k, block_m, splits",
+    "bits, tokens, n, k, expected",  # (tokens of a tile, groups, programs of an SM, splits)
     [
-        (4, 2, 4096, 4096, 16, 8), (4, 16, 12288, 4096, 16, 2), (4, 32, 4096, 11008, 32, 8),
-        (4, 16, 22016, 4096, 16, 3), (4, 64, 22016, 4096, 64, 1), (4, 128, 4096, 4096, 128, 4),
-        (4, 256, 4096, 4096, 128, 2), (4, 256, 12288, 4096, 128, 1), (4, 256, 4096, 11008, 256, 4),
-        (4, 2048, 12288, 4096, 256, 1),
-        (8, 8, 12288, 4096, 16, 1), (8, 64, 4096, 4096, 64, 1), (8, 128, 4096, 4096, 64, 1),
-        (8, 256, 4096, 4096, 64, 1), (8, 256, 22016, 4096, 128, 1), (8, 256, 4096, 11008, 64, 1),
-        (8, 512, 4096, 11008, 128, 1), (8, 4096, 22016, 4096, 256, 1),
+        (4, 2, 4096, 4096, (16, 2, 2, 8)), (4, 16, 12288, 4096, (16, 2, 2, 2)),
+        (4, 32, 4096, 11008, (32, 2, 2, 8)), (4, 16, 22016, 4096, (16, 2, 1, 3)),
+        (4, 64, 22016, 4096, (64, 3, 1, 1)), (4, 128, 4096, 4096, (128, 2, 1, 4)),
+        (4, 256, 4096, 4096, (128, 2, 1, 2)), (4, 256, 12288, 4096, (128, 3, 1, 1)),
+        (4, 256, 4096, 11008, (256, 2, 1, 4)), (4, 2048, 12288, 4096, (256, 2, 1, 1)),
+        (8, 8, 12288, 4096, (16, 2, 1, 1)), (8, 64, 4096, 4096, (64, 2, 1, 1)),
+        (8, 128, 4096, 4096, (64, 2, 1, 1)), (8, 256, 4096, 4096, (64, 2, 1, 1)),
+        (8, 256, 22016, 4096, (128, 2, 1, 1)), (8, 256, 4096, 11008, (64, 2, 1, 1)),
+        (8, 512, 4096, 11008, (128, 2, 1, 1)), (8, 4096, 22016, 4096, (256, 2, 1, 1)),
     ],
 )  # fmt: skip
 def test_the_choice_is_what_was_quickest(
-    bits: int, tokens: int, n: int, k: int, block_m: int, splits: int
+    bits: int, tokens: int, n: int, k: int, expected: tuple[int, ...]
 ) -> None:
     tiles = {4: int4_hopper.TILES, 8: linear_hopper.TILES}[bits]
     split = choose_split(tiles, tokens, n, k, 132)
-    assert (split.tile.block_m, split.splits) == (block_m, splits)
+    tile = split.tile
+    assert (tile.block_m, tile.groups, tile.per_sm, split.splits) == expected
+
+
+@pytest.mark.parametrize("tiles", ALL_TILES, ids=["int4", "w8a8", "16 bits"])
+def test_there_is_room_for_all_parts_of_all_programs(tiles: tuple) -> None:
+    for tile in tiles:
+        assert tile.per_sm * tile.block_m * tile.block_n <= hopper_split_k.MOST_SUMS
 
 
 @pytest.mark.parametrize("k, splits", [(256, 3), (4096, 5), (1 << 15, 133)])
@@ -89,5 +99,5 @@ def test_programs_that_would_wait_forever_are_not_launched(
     k: int, splits: int, monkeypatch
 ) -> None:
     monkeypatch.setattr(hopper_split_k, "multiprocessors", lambda _: 132)
-    with pytest.raises(AssertionError, match="wait forever"):  # of 32 tiles
+    with pytest.raises(AssertionError, match="no way"):  # of 32 tiles
         Split(linear_hopper.TILES[0], splits).launch(16, 4096, k, torch.device("cpu"))

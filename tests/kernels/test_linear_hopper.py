@@ -17,6 +17,8 @@ from sglang.kernels import linear as dispatch
 from sglang.kernels.hopper_split_k import Split
 from sglang.kernels.linear_hopper import TILES, TILES_OF_16_BITS, linear_hopper, w8a8_hopper
 
+pytestmark = pytest.mark.usefixtures("parts_are_left_empty")
+
 
 @on_hopper
 @pytest.mark.parametrize(
