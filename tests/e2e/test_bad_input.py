@@ -127,6 +127,8 @@ TABLE = [
     (chat(response_format={"type": "xml"}), "response_format", "'json_schema'"),
     (chat(response_format={"type": "json_schema"}), "response_format", "needs"),
     (chat(response_format={"type": "json_object"}, regex="a"), "response_format", "combined"),
+    (chat(guided_choice=["yes"], regex="a"), "guided_choice", "cannot be combined with regex"),
+    (chat(guided_json={}, json_schema="{}"), "guided_json", "combined with json_schema"),
     (chat(logprobs=3), "logprobs", "boolean"),
     (chat(top_logprobs=3), "top_logprobs", "logprobs"),
     (chat(logprobs=True, top_logprobs=21), "top_logprobs", "20"),

@@ -76,8 +76,11 @@ def test_a_repeated_prompt_is_cached(server, client, model):
 
 def test_content_parts_and_developer_messages_are_understood(client, model):
     plain = [{"role": "system", "content": "Be brief."}, *CAPITAL]
+    plain += [{"role": "assistant", "content": "I cannot say."}, *CAPITAL]
     parts = [
         {"role": "developer", "content": [{"type": "text", "text": "Be brief."}]},
+        *CAPITAL,
+        {"role": "assistant", "content": [{"type": "refusal", "refusal": "I cannot say."}]},
         {
             "role": "user",
             "content": [

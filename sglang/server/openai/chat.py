@@ -221,12 +221,14 @@ def _with_parsed_arguments(call: Any) -> Any:
 
 
 def _part_text(index: int, part: dict[str, Any]) -> str:
-    if part.get("type") != "text" or not isinstance(part.get("text"), str):
+    """A refusal is text, too, of an assistant."""
+    kind = part.get("type")
+    if kind not in ("text", "refusal") or not isinstance(part.get(kind), str):
         message = (
             f'messages[{index}].content: only parts {{"type": "text", "text": ...}} are supported'
         )
         raise ApiError(message, "messages")
-    return part["text"]
+    return part[kind]
 
 
 _OF_THE_REQUEST = {"messages", "tools", "add_generation_prompt", "continue_final_message"}

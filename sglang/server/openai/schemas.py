@@ -227,14 +227,22 @@ class _Sampling(BaseModel):
 
     def _grammar(self) -> dict[str, Any]:
         """Without response_format. vLLM's names for the three come to the same."""
-        regex = self.guided_regex if self.regex is None else self.regex
-        if self.guided_choice:
-            regex = "|".join(re.escape(choice) for choice in self.guided_choice)
-        return {
-            "regex": regex,
-            "json_schema": self.guided_json if self.json_schema is None else self.json_schema,
-            "ebnf": self.guided_grammar if self.ebnf is None else self.ebnf,
-        }
+        choices = "|".join(re.escape(choice) for choice in self.guided_choice or ()) or None
+        given = {
+            "regex": {
+                "regex": self.regex, "guided_regex": self.guided_regex, "guided_choice": choices,
+            },
+            "json_schema": {"json_schema": self.json_schema, "guided_json": self.guided_json},
+            "ebnf": {"ebnf": self.ebnf, "guided_grammar": self.guided_grammar},
+        }  # fmt: skip
+        return {kind: _only_one(names) for kind, names in given.items()}
+
+
+def _only_one(values: dict[str, Any]) -> Any:
+    given = [name for name, value in values.items() if value is not None]
+    if len(given) > 1:
+        raise ApiError(f"{given[1]} cannot be combined with {given[0]}", given[1])
+    return values[given[0]] if given else None
 
 
 _SAME_NAME = (
