@@ -77,16 +77,18 @@ def answer(url: str, api_key: str, body: dict[str, Any]) -> str:
     return said
 
 
-def chat(url: str, api_key: str, system: str, temperature: float | None) -> None:
+def chat(url: str, api_key: str, system: str, temperature: float | None) -> bool:
+    """Whether everything that was said got an answer."""
     messages: list[dict[str, str]] = []
+    all_answered = True
     while True:
         try:
             text = input("> ").strip()
         except (EOFError, KeyboardInterrupt):
-            return
+            return all_answered
         command, _, rest = text.partition(" ")
         if command in ("/quit", "/exit"):
-            return
+            return all_answered
         if command in ("/reset", "/system"):
             system, messages = (rest if command == "/system" else system), []
         elif command.startswith("/"):
@@ -100,6 +102,7 @@ def chat(url: str, api_key: str, system: str, temperature: float | None) -> None
             except OSError as error:
                 print(f"error: {error}", file=sys.stderr)
                 messages.pop()
+                all_answered = False
                 continue
             messages.append({"role": "assistant", "content": said})
 
@@ -126,14 +129,14 @@ def main(argv: list[str] | None = None) -> int:
     url = (args.url or "http://127.0.0.1:30000").rstrip("/")
     try:
         if args.model_path is None:
-            chat(url, args.api_key, args.system, args.temperature)
+            answered = chat(url, args.api_key, args.system, args.temperature)
         else:
             with local_server(["--model-path", args.model_path, *flags]) as own:
-                chat(own, args.api_key, args.system, args.temperature)
+                answered = chat(own, args.api_key, args.system, args.temperature)
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    return 0
+    return 0 if answered or sys.stdin.isatty() else 1  # which a script should know
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ def test_a_conversation_is_remembered_until_it_is_reset(watched):
 
 def test_what_the_server_refuses_is_said_and_the_chat_goes_on(watched):
     done = run(["word " * 300, "What is the capital of France?"], "--url", watched.url)
-    assert done.returncode == 0 and "Paris" in done.stdout
+    assert done.returncode == 1 and "Paris" in done.stdout
     assert done.stderr.startswith("error: messages has ") and "200 tokens" in done.stderr
     done = run(["/rest"], "--url", watched.url)
     assert "/reset" in done.stderr
@@ -57,6 +57,7 @@ def test_what_the_server_refuses_is_said_and_the_chat_goes_on(watched):
 
 def test_without_a_server_there_is_an_error():
     done = run(["Hi"], "--url", "http://127.0.0.1:9")
+    assert done.returncode == 1
     assert done.stderr.startswith("error: ") and "Traceback" not in done.stderr
 
 
