@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import http.client
 import json
 import os
 import re
@@ -19,6 +20,8 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from typing import Any
+
+from sglang.processes import end_with_parent
 
 
 @contextlib.contextmanager
@@ -31,6 +34,7 @@ def local_server(flags: list[str]) -> Iterator[str]:
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=end_with_parent,  # when this terminal closes, say
     )
     assert server.stdout is not None
     try:
@@ -49,13 +53,17 @@ def stream(url: str, api_key: str, body: dict[str, Any]) -> Iterator[tuple[str, 
     some."""
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {api_key}"}
     data = json.dumps({**body, "stream": True}).encode()
-    request = urllib.request.Request(url + "/v1/chat/completions", data, headers)
     try:
+        request = urllib.request.Request(url + "/v1/chat/completions", data, headers)
         reply = urllib.request.urlopen(request)
     except urllib.error.HTTPError as error:
-        raise OSError(json.load(error)["error"]["message"]) from None
+        raise OSError(_message(error)) from None
+    except (http.client.HTTPException, ValueError) as error:
+        raise OSError(f"{url}: {error}") from None
     with reply:
         for line in reply:
+            if line.startswith(b"data: [DONE]"):
+                return
             if line.startswith(b"data: {"):
                 event = json.loads(line[6:])
                 if "error" in event:
@@ -63,6 +71,15 @@ def stream(url: str, api_key: str, body: dict[str, Any]) -> Iterator[tuple[str, 
                 for choice in event["choices"]:
                     delta = choice["delta"]
                     yield delta.get("reasoning_content") or "", delta.get("content") or ""
+    raise OSError("the server ended amid its reply")
+
+
+def _message(error: urllib.error.HTTPError) -> str:
+    """The server's own, or what a proxy before it says."""
+    try:
+        return json.load(error)["error"]["message"]
+    except (ValueError, KeyError, TypeError):
+        return str(error)
 
 
 def answer(url: str, api_key: str, body: dict[str, Any]) -> str:

@@ -49,8 +49,6 @@ BUSY_SECONDS = 60.0
 CAUSE_SECONDS = 0.2
 """One rank's death soon fails the others, which wait for it: the cause is sought among all that end
 within this time."""
-TERMINATE_SECONDS = 2.0
-"""After SIGTERM a child has so long before SIGKILL."""
 _SPIN_COUNT = "5000"
 """How often a thread of OpenMP looks whether there is work before it sleeps: some 0.1 ms, enough
 from one product to the next. By default it spins for milliseconds, which takes the core from the
@@ -118,14 +116,6 @@ class Supervisor:
 
     def stop(self) -> None:
         """Ends every child; returns when they are gone. May be called twice."""
-        self._stopping.set()
-        for process in self._processes:
-            if process.poll() is None:
-                process.terminate()
-        deadline = time.monotonic() + TERMINATE_SECONDS
-        for process in self._processes:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(max(deadline - time.monotonic(), 0.0))
         self.kill()
         if threading.current_thread() is not self._thread:
             self._thread.join(timeout=1.0)
@@ -273,7 +263,10 @@ def _cpu_seconds(pid: int) -> float:
 
 def child_main() -> None:
     """Reads its job from standard input and does it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the launcher's to handle
+    # A terminal's Ctrl-C, and what ends a whole group or service, are the launcher's to handle: it
+    # has requests to finish first.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     global _report_fd
     parent, report_fd, child, log_level = pickle.load(sys.stdin.buffer)
     _report_fd = report_fd
@@ -330,10 +323,14 @@ def _prctl(option: int, argument: Any) -> None:
         ctypes.CDLL(None).prctl(option, argument, 0, 0, 0)
 
 
-def _die_with(parent: int) -> None:
-    """The kernel kills this process when its parent ends, however that ends."""
+def end_with_parent(signum: int = signal.SIGTERM) -> None:
+    """The kernel sends this process a signal when its parent ends, however that ends."""
     PR_SET_PDEATHSIG = 1
-    _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    _prctl(PR_SET_PDEATHSIG, signum)
+
+
+def _die_with(parent: int) -> None:
+    end_with_parent(signal.SIGKILL)
     if os.getppid() != parent:  # it ended before the call
         os._exit(1)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from sglang import calibration
@@ -56,6 +57,9 @@ def quantize(
     folder.mkdir(parents=True, exist_ok=True)
     if folder.samefile(config.path):
         raise ValueError(f"{target} is where the model comes from: its weights would be lost")
+    weights = "model.safetensors"
+    if others := sorted({path.name for path in folder.glob("*.safetensors")} - {weights}):
+        raise ValueError(f"{target} holds another model's weights: {others[0]}")
 
     eight_bits = DTYPES.get(method)
     dtype = torch.bfloat16 if eight_bits else torch.float16
@@ -90,8 +94,8 @@ def quantize(
         else:
             tensors |= pack(method, layer, round_to_int4(weight, group_size))
     (folder / "model.safetensors.index.json").unlink(missing_ok=True)  # of what was there before
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "model.safetensors").chmod(0o644)  # its maker lets nobody else read it
+    save_file(tensors, folder / weights, metadata={"format": "pt"})
+    (folder / weights).chmod(0o644)  # its maker lets nobody else read it
     values, held_in = _copy_the_rest(config, folder), str(dtype).removeprefix("torch.")
     values |= {
         "dtype": held_in,
@@ -193,10 +197,12 @@ def main() -> None:
     how.add_argument("--calibration", metavar="FILE", type=Path, default=calibration.TEXT)
     how.add_argument("--no-calibration", action="store_true", help="round to nearest")
     args = parser.parse_args()
+    if not args.target:
+        parser.error("OUT must name a folder")
     try:
         text = None if args.no_calibration else args.calibration.read_text(encoding="utf-8")
         quantize(args.method, args.source, args.target, args.group_size, text)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SafetensorError) as error:  # the last: a full disk, say
         parser.error(str(error))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from typing import Any, NoReturn
 
 import msgspec
@@ -135,8 +136,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
 
 
 def _int_keys(bias: dict[Any, Any]) -> dict[int, Any]:
-    """JSON's keys are strings."""
-    try:
-        return {int(token): value for token, value in bias.items()}
-    except (TypeError, ValueError):
-        raise ValueError("logit_bias: its keys must be token ids") from None
+    """JSON's keys are strings: one way to write each number."""
+    if not all(re.fullmatch("-?(0|[1-9][0-9]{0,17})", str(token)) for token in bias):
+        raise ValueError("logit_bias: its keys must be token ids")
+    return {int(token): value for token, value in bias.items()}

@@ -207,6 +207,29 @@ def flag_name(field_name: str) -> str:
     return "--" + field_name.replace("_", "-")
 
 
+_REPLICAS = "start a server for each replica"
+_ONE_MACHINE = "a server runs on one machine"
+_NOT_HERE = {
+    "--data-parallel-size": _REPLICAS,
+    "--dist-init-addr": _ONE_MACHINE,
+    "--dp": _REPLICAS,
+    "--dp-size": _REPLICAS,
+    "--enable-cache-report": "leave it out: a reply's usage always names cached tokens",
+    "--enable-metrics": "leave it out: /metrics is always there",
+    "--enable-mixed-chunk": "leave it out: prefill and decoding always share steps",
+    "--is-embedding": "leave it out: /v1/embeddings is always there",
+    "--max-prefill-tokens": "see --chunked-prefill-size",
+    "--nnodes": _ONE_MACHINE,
+    "--node-rank": _ONE_MACHINE,
+    "--page-size": "leave it out: slots for KV are single",
+    "--revision": "download that revision, and name its folder as --model-path",
+    "--skip-server-warmup": "leave it out: a server is ready when it says so",
+    "--stream-interval": "leave it out: tokens are sent as they come",
+    "--watchdog-timeout": "leave it out: a process that hangs is always noticed",
+}
+"""SGLang's flags that have no like here, and why."""
+
+
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, which names the valid flags or values."""
 
@@ -216,9 +239,11 @@ class _Parser(argparse.ArgumentParser):
     def parse_args(self, args=None, namespace=None):  # type: ignore[override]
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
+            name = unknown[0].split("=")[0]
             valid = sorted(s for a in self._actions for s in a.option_strings if s.startswith("--"))
-            close = difflib.get_close_matches(unknown[0].split("=")[0], valid, n=1)
+            close = difflib.get_close_matches(name, valid, n=1)
             hint = f" (did you mean {close[0]}?)" if close else ""
+            hint = f" ({_NOT_HERE[name]})" if name in _NOT_HERE else hint
             self.error(f"unknown argument {unknown[0]}{hint}; valid flags: {' '.join(valid)}")
         return parsed
 

@@ -69,6 +69,7 @@ def _listen(host: str, port: int) -> Iterator[socket.socket]:
 
     Raises OSError naming the address where it is taken.
     """
+    host = host.removeprefix("[").removesuffix("]")  # as in a URL
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -117,6 +118,11 @@ def _run(engine: Engine, listener: socket.socket, ending: Ending, started: float
         loop.close()
 
 
+_ABORT_SECONDS = 5
+"""Requests that are ended get their answers when the steps in flight are done, and a step of a long
+prompt takes its time."""
+
+
 async def _serve(
     engine: Engine, listener: socket.socket, ending: Ending, started: float
 ) -> int:  # fmt: skip
@@ -139,7 +145,7 @@ async def _serve(
         return ending.exit_code
     engine.is_ready = True
     service = Service(args, model, tokenizer, manager, ready.result())
-    server = HTTPServer(build_app(service), args.shutdown_timeout + 2)
+    server = HTTPServer(build_app(service), args.shutdown_timeout + _ABORT_SECONDS)
     serving = asyncio.ensure_future(server.serve([listener]))
     await server.wait_started(serving)
     _announce(engine, listener, time.monotonic() - started)

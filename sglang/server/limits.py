@@ -76,7 +76,9 @@ class Limits:
         try:
             packed = struct.pack(f"{len(ids)}i", *ids)  # twice as fast as `pack` for many
         except (TypeError, struct.error):  # not all are integers, or of 32 bits
-            raise ValueError(f"prompt token ids must be in [0, {self.vocab_size})") from None
+            raise ValueError(
+                f"prompt token ids must be integers in [0, {self.vocab_size})"
+            ) from None
         largest = ids[np.frombuffer(packed, dtype=np.uint32).argmax()]  # one below 0 counts as such
         if not 0 <= largest < self.vocab_size:
             raise ValueError(f"prompt token ids must be in [0, {self.vocab_size}), got {largest}")

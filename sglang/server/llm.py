@@ -7,6 +7,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
+from numbers import Integral
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -61,9 +62,9 @@ class LLM:
     several threads; the calls take turns.
     """
 
-    def __init__(self, model_path: str = "", **server_args: Any) -> None:
+    def __init__(self, model_path: str | Path = "", **server_args: Any) -> None:
         server_args.setdefault("log_level", "warning")
-        args = ServerArgs(model_path=model_path, **server_args)
+        args = ServerArgs(model_path=str(model_path), **server_args)
         self.model = ModelConfig.load(args)
         self._grammar_backend = args.grammar_backend
         self._failure = _Failure(args.log_level)
@@ -206,15 +207,22 @@ class LLM:
     # --- requests ----------------------------------------------------------------------------
 
     def _encode(self, prompts: Prompts) -> list[list[int]]:
-        batch: list[Any] = [prompts] if isinstance(prompts, str) else list(prompts)
-        if batch and isinstance(batch[0], int):
-            batch = [batch]
-        if self.tokenizer is None and any(isinstance(prompt, str) for prompt in batch):
-            raise ValueError("prompts must be token ids: there is no tokenizer")
-        return [
-            self.tokenizer.encode(prompt) if self.tokenizer and isinstance(prompt, str) else prompt
-            for prompt in batch
-        ]
+        prompts = _as_list(prompts)
+        if isinstance(prompts, str) or _may_be_ids(prompts):
+            return [self._encode_one("prompts", prompts)]
+        if isinstance(prompts, bytes | dict):
+            raise ValueError(_NO_PROMPT.format("prompts"))
+        return [self._encode_one(f"prompts[{i}]", prompt) for i, prompt in enumerate(prompts)]
+
+    def _encode_one(self, name: str, prompt: Any) -> list[int]:
+        prompt = _as_list(prompt)
+        if not isinstance(prompt, str):
+            if prompt != [] and not _may_be_ids(prompt):
+                raise ValueError(_NO_PROMPT.format(name))
+            return prompt
+        if self.tokenizer is None:
+            raise ValueError(f"{name} must be token ids: there is no tokenizer")
+        return self.tokenizer.encode(prompt)
 
     def _sampling(self, given: Sampling | list[Sampling], count: int) -> list[SamplingParams]:
         if not isinstance(given, list):
@@ -279,6 +287,21 @@ class LLM:
         if not self._stop.alive:
             raise RuntimeError("this LLM has been shut down")
         self._failure.check()
+
+
+_NO_PROMPT = "{} must be a text or a list of token ids"
+
+
+def _as_list(prompt: Any) -> Any:
+    """numpy's and torch's ids, too."""
+    return prompt.tolist() if hasattr(prompt, "tolist") else prompt
+
+
+def _may_be_ids(prompt: Any) -> bool:
+    """By the first; `Limits` looks at all."""
+    if not isinstance(prompt, list | tuple) or not prompt:
+        return False
+    return isinstance(prompt[0], Integral) and not isinstance(prompt[0], bool)
 
 
 class _Reply:

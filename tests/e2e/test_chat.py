@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
+import psutil
 import pytest
 
 from sglang import demo_model
@@ -59,6 +64,52 @@ def test_without_a_server_there_is_an_error():
     done = run(["Hi"], "--url", "http://127.0.0.1:9")
     assert done.returncode == 1
     assert done.stderr.startswith("error: ") and "Traceback" not in done.stderr
+
+
+class Broken(BaseHTTPRequestHandler):
+    """A proxy without a server behind it; then a server that ends amid its reply."""
+
+    said = iter(
+        [
+            (502, b"<html>Bad Gateway</html>"),
+            (200, b'data: {"choices": [{"delta": {"content": "The capi"}}]}\n\n'),
+        ]
+    )
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        status, body = next(self.said)
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None: ...
+
+
+def test_a_reply_that_is_none_or_is_cut_short_is_an_error():
+    with HTTPServer(("127.0.0.1", 0), Broken) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        done = run(["Hi", "Hi"], "--url", f"http://127.0.0.1:{server.server_port}")
+        server.shutdown()
+    assert done.returncode == 1 and "The capi" in done.stdout
+    errors = done.stderr.splitlines()
+    assert len(errors) == 2 and "502" in errors[0] and "amid its reply" in errors[1]
+    done = run(["Hi"], "--url", "http://127.0.0.1:abc")
+    assert done.returncode == 1 and done.stderr.startswith("error: http://127.0.0.1:abc: ")
+
+
+def test_a_chat_that_ends_takes_its_server_with_it():
+    chat = subprocess.Popen(
+        [sys.executable, "-m", "sglang.chat", "--model-path", "", "--device", "cpu"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    while not (family := psutil.Process(chat.pid).children(recursive=True)):
+        time.sleep(0.01)
+    chat.send_signal(signal.SIGHUP)  # as when its terminal closes
+    chat.wait(timeout=5)
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert not alive
 
 
 def test_a_local_model_is_served_for_the_chat():

@@ -97,6 +97,8 @@ def test_two_servers_live_side_by_side_and_sigterm_ends_one_cleanly(server: Serv
     while other.stats()["running"] < 2:
         time.sleep(0.01)
     asked = time.monotonic()
+    for process in children.values():  # a service manager sends it to all of them
+        process.send_signal(signal.SIGTERM)
     assert other.stop(signal.SIGTERM) == 0
     assert time.monotonic() - asked < 12
     for thread in threads:
@@ -239,6 +241,7 @@ def test_without_a_tokenizer_and_with_a_small_pool_there_are_ids_and_their_limit
     ("flags", "parts"),
     [
         (["--prot", "30000"], ["unknown argument --prot", "did you mean --port?", "--host"]),
+        (["--enable-metrics"], ["--enable-metrics (leave it out: /metrics is always there)"]),
         (["--schedule-policy", "lmp"], ["--schedule-policy", "'lmp'", "lpm", "weight", "fcfs"]),
         (["--grammar-backend", "outlines"], ["--grammar-backend", "llguidance", "none"]),
         (["--max-total-tokens", "many"], ["--max-total-tokens", "invalid int value: 'many'"]),

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import psutil
 import pytest
 
@@ -36,7 +37,8 @@ def test_a_prompt_may_be_a_text_ids_or_a_list_of_either(llm):
     ids = llm.tokenizer.encode(PROMPTS[0])
     expected = llm.generate(PROMPTS[0], GREEDY, use_tqdm=False)
     assert len(expected) == 1
-    for prompt in ([PROMPTS[0]], ids, [ids]):
+    array = np.array(ids)
+    for prompt in ([PROMPTS[0]], ids, [ids], array, [array], array[None], list(array), tuple(ids)):
         reply = llm.generate(prompt, GREEDY, use_tqdm=False)
         assert [r["text"] for r in reply] == [expected[0]["text"]]
     assert llm.generate([], GREEDY, use_tqdm=False) == []
@@ -91,6 +93,12 @@ def test_the_cache_can_be_flushed(llm):
         ("hi", {"temprature": 1}, "temprature is not"),
         ("hi", [GREEDY, GREEDY], "2 entries for 1 prompts"),
         ([[49152]], GREEDY, r"\[0, 49152\), got 49152"),
+        ([[1, "a"]], GREEDY, r"prompts\[0\]: prompt token ids must be integers"),
+        ({"text": "hi"}, GREEDY, "prompts must be a text or a list of token ids"),
+        (b"hi", GREEDY, "prompts must be a text"),
+        (["hi", b"hi"], GREEDY, r"prompts\[1\] must be a text"),
+        ([True], GREEDY, r"prompts\[0\] must be a text"),
+        ([{"prompt": "hi"}], GREEDY, r"prompts\[0\] must be a text"),
         ([[1] * 4000], {"max_new_tokens": 97}, r"\(--max-total-tokens\) holds 4096"),
     ],
 )

@@ -111,6 +111,10 @@ def test_a_models_own_folder_is_not_written_to_and_anothers_rest_goes(tmp_path):
     with pytest.raises(ValueError, match="--group-size must be"):
         quantize("awq", str(tmp_path / "in"), str(tmp_path / "out"), -32)
     (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "model-1-of-2.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"another model's weights: model-1-of-2.safetensors"):
+        quantize("int8", str(tmp_path / "in"), str(tmp_path / "out"))
+    (tmp_path / "out" / "model-1-of-2.safetensors").unlink()
     (tmp_path / "out" / "model.safetensors.index.json").write_text('{"weight_map": {"a": "b"}}')
     quantize("int8", str(tmp_path / "in"), str(tmp_path / "out"))
     assert tiny.load(tmp_path / "out", dtype="float32")

@@ -203,7 +203,8 @@ def _for_template(index: int, message: ChatMessage) -> dict[str, Any]:
         values["content"] = "".join(_part_text(index, part) for part in message.content)
     elif message.content is None and message.role != "assistant":
         raise ApiError(f"messages[{index}].content must not be null", "messages")
-    values.setdefault("content", "")
+    refusal = values.get("refusal")
+    values.setdefault("content", refusal if isinstance(refusal, str) else "")
     if values.get("tool_calls"):
         values["tool_calls"] = [_with_parsed_arguments(call) for call in values["tool_calls"]]
     if message.role == "developer":

@@ -195,6 +195,11 @@ class _Sampling(BaseModel):
     structural_tag: Unsupported = None
     lora_path: Unsupported = None
     use_beam_search: Unsupported = None
+    bad_words: Unsupported = None
+    allowed_token_ids: Unsupported = None
+    truncate_prompt_tokens: Unsupported = None
+    include_stop_str_in_output: Unsupported = None
+    prompt_logprobs: Unsupported = None
 
     def refuse_unsupported(self) -> None:
         refuse_unsupported(self)
