@@ -245,6 +245,8 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=280, help="seconds, then no new case")
     parser.add_argument("--json", help="write the results here")
     args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("needs a GPU")
     deadline = time.monotonic() + args.budget
 
     flashinfer = None

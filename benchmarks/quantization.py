@@ -309,6 +309,8 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=150, help="seconds, then no new case")
     parser.add_argument("--json", help="write the figures here")
     args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("needs a GPU")
     deadline = START + args.budget
     torch.manual_seed(0)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}")

@@ -11,11 +11,13 @@ text, as a reader sees them. Goodput counts the requests that met both --slo-ttf
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import math
 import random
 import sys
 import urllib.request
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -136,6 +138,16 @@ def plot(levels: list[Level], summaries: list[dict], title: str, path: str) -> N
     figure.savefig(path, dpi=120)
 
 
+def positive(kind: type) -> Callable[[str], float]:
+    def number(text: str) -> float:
+        if not 0 < kind(text) < math.inf:
+            raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+        return kind(text)
+
+    number.__name__ = kind.__name__  # argparse names it where the text is no number
+    return number
+
+
 def parse_args() -> argparse.Namespace:
     lines = __doc__.splitlines()
     parser = argparse.ArgumentParser(
@@ -146,17 +158,27 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--url", default="http://127.0.0.1:30000")
     parser.add_argument("--model", help="its served name (default: the first in /v1/models)")
     load = parser.add_mutually_exclusive_group()
-    load.add_argument("--rate", type=float, nargs="+", help="requests per second, Poisson arrivals")
-    load.add_argument("--concurrency", type=int, nargs="+", help="requests under way at a time")
-    parser.add_argument(
-        "--requests", type=int, help="a load (default: 4 a stream; with --rate, a minute's)"
+    load.add_argument(
+        "--rate", type=positive(float), nargs="+", help="requests per second, Poisson arrivals"
     )
-    parser.add_argument("--input-len", type=int, default=512, help="tokens (default: 512)")
-    parser.add_argument("--output-len", type=int, default=128, help="tokens (default: 128)")
+    load.add_argument(
+        "--concurrency", type=positive(int), nargs="+", help="requests under way at a time"
+    )
+    parser.add_argument(
+        "--requests",
+        type=positive(int),
+        help="a load (default: 4 a stream; with --rate, a minute's)",
+    )
+    parser.add_argument(
+        "--input-len", type=positive(int), default=512, help="tokens (default: 512)"
+    )
+    parser.add_argument(
+        "--output-len", type=positive(int), default=128, help="tokens (default: 128)"
+    )
     parser.add_argument("--vary", type=float, default=0.0, help="lengths are 1 +- this times those")
     parser.add_argument("--shared-prefix", type=int, default=0, help="tokens that prompts share")
     parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--clients", type=int, default=4, help="client processes (default: 4)")
+    parser.add_argument("--clients", type=positive(int), default=4, help="processes (default: 4)")
     parser.add_argument("--slo-ttft", type=float, default=1000.0, help="ms (default: 1000)")
     parser.add_argument("--slo-tpot", type=float, default=50.0, help="ms (default: 50)")
     parser.add_argument(
@@ -166,6 +188,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--json", help="write all percentiles here")
     parser.add_argument("--plot", help="draw them into this PNG")
     args = parser.parse_args()
+    if not 0 <= args.shared_prefix < args.input_len:
+        parser.error("--shared-prefix must be less than --input-len")
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--plot needs matplotlib")
     if not args.rate and not args.concurrency:
         args.concurrency = [1, 8, 64, 256]
     if args.seed is None:
@@ -177,8 +203,12 @@ def main() -> int:
     args = parse_args()
     url = args.url.rstrip("/")
     if args.model is None:
-        with urllib.request.urlopen(url + "/v1/models", timeout=30) as reply:
-            args.model = json.load(reply)["data"][0]["id"]
+        try:
+            with urllib.request.urlopen(url + "/v1/models", timeout=30) as reply:
+                args.model = json.load(reply)["data"][0]["id"]
+        except (OSError, ValueError) as error:
+            print(f"error: {url}/v1/models: {error}", file=sys.stderr)
+            return 1
     lengths = (args.input_len, args.output_len, args.vary, args.shared_prefix)
 
     def run(name: str, count: int, rate: float | None, streams: int, seed: int) -> Level:

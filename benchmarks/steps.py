@@ -140,6 +140,10 @@ def main() -> None:
     parser.add_argument("--lines", type=int, default=14, help="kernels shown at most (default: 14)")
     parser.add_argument("--json", help="write the figures here")
     args, flags = parser.parse_known_args()
+    if not torch.cuda.is_available():
+        parser.error("needs a GPU")
+    if not args.decode and not args.prefill:
+        parser.error("say --decode or --prefill")
 
     path = [] if args.model == DEMO else ["--model-path", model_folder(args.model)]
     ours = ["--load-format", "dummy", "--context-length", "4096", "--mem-fraction-static", "0.85"]
