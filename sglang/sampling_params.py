@@ -131,6 +131,12 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
         if not all(s.isascii() or s.encode(errors="ignore").decode() == s for s in self.stop):
             raise ValueError("stop strings must be valid Unicode: one holds half a surrogate pair")
 
+    def of_sample(self, index: int) -> SamplingParams:
+        """One prompt's samples with a seed have seeds that follow each other."""
+        if self.seed is None or index == 0:
+            return self
+        return msgspec.structs.replace(self, seed=(self.seed + index) % 2**63)
+
     def _refuse(self, field: str, limits: str) -> NoReturn:
         raise ValueError(f"{field} must be {limits}, got {getattr(self, field)}")
 

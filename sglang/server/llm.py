@@ -44,6 +44,8 @@ from sglang.spans import Profile
 M = TypeVar("M", bound=Message)
 Prompts = str | list[str] | list[int] | list[list[int]]
 Sampling = SamplingParams | dict[str, Any] | None
+_Wanted = tuple[str, list[int], SamplingParams]
+"""(prompt's name in errors, its ids, and of one sample)."""
 _POLL_MS = 100
 """How soon a dead process is noticed."""
 _SEND_SECONDS = 2e-3
@@ -107,7 +109,8 @@ class LLM:
         sampling_params: Sampling | list[Sampling] = None,
         use_tqdm: bool = True,
     ) -> list[dict[str, Any]]:
-        """One reply a prompt, in their order:
+        """One reply a prompt, in their order; n of them next to each other, where a dict of
+        sampling_params holds "n":
 
             {"text": str, "output_ids": list[int], "meta_info": {"prompt_tokens": int,
              "completion_tokens": int, "cached_tokens": int, "finish_reason": {"type": ..., ...}}}
@@ -116,21 +119,22 @@ class LLM:
         Raises ValueError naming the prompt and the field at fault; the other prompts are aborted.
         """
         all_ids = self._encode(prompts)
-        params = self._sampling(sampling_params, len(all_ids))
+        samples = self._sampling(sampling_params, len(all_ids))
+        wanted = [
+            (f"prompts[{i}]", ids, params) for i, ids in enumerate(all_ids) for params in samples[i]
+        ]
         with self._lock:
             self._check_alive()
-            return self._run(all_ids, params, use_tqdm)
+            return self._run(wanted, use_tqdm)
 
-    def _run(
-        self, all_ids: list[list[int]], params: list[SamplingParams], use_tqdm: bool
-    ) -> list[dict[str, Any]]:
+    def _run(self, wanted: list[_Wanted], use_tqdm: bool) -> list[dict[str, Any]]:
         replies: dict[int, _Reply] = {}
-        waiting = len(all_ids)
+        waiting = len(wanted)
         bar = tqdm(total=waiting, desc="generate", unit="req") if use_tqdm else None
         try:
             frames: list[bytes] = []
             end = time.perf_counter() + _SEND_SECONDS
-            for request in self._requests(all_ids, params):
+            for request in self._requests(wanted):
                 replies[request.handle] = _Reply()
                 frames.append(encode(request))
                 if time.perf_counter() > end:
@@ -224,12 +228,24 @@ class LLM:
             raise ValueError(f"{name} must be token ids: there is no tokenizer")
         return self.tokenizer.encode(prompt)
 
-    def _sampling(self, given: Sampling | list[Sampling], count: int) -> list[SamplingParams]:
-        if not isinstance(given, list):
-            return [self._one_sampling(given)] * count
+    def _sampling(self, given: Sampling | list[Sampling], count: int) -> list[list[SamplingParams]]:
+        """Of each prompt those of its samples."""
+        if not isinstance(given, list | tuple):
+            return [self._samples(given)] * count
         if len(given) != count:
             raise ValueError(f"sampling_params has {len(given)} entries for {count} prompts")
-        return [self._one_sampling(one) for one in given]
+        return [self._samples(one) for one in given]
+
+    def _samples(self, given: Sampling) -> list[SamplingParams]:
+        n = None
+        if isinstance(given, dict):
+            given = dict(given)
+            n = given.pop("n", None)
+        n = 1 if n is None else n
+        if not isinstance(n, int) or n < 1:
+            raise ValueError(f"n must be an integer >= 1, got {n!r}")
+        params = self._one_sampling(given)
+        return [params.of_sample(i) for i in range(n)]
 
     def _one_sampling(self, given: Sampling) -> SamplingParams:
         if not isinstance(given, SamplingParams):
@@ -246,14 +262,12 @@ class LLM:
             self._router.send(frame)
         frames.clear()
 
-    def _requests(
-        self, all_ids: list[list[int]], params: list[SamplingParams]
-    ) -> Iterator[GenerateRequest]:
-        for i, (ids, p) in enumerate(zip(all_ids, params, strict=True)):
+    def _requests(self, wanted: list[_Wanted]) -> Iterator[GenerateRequest]:
+        for name, ids, params in wanted:
             try:
-                yield self._limits.request(next(self._handles) & 0x7FFFFFFF, ids, p)
+                yield self._limits.request(next(self._handles) & 0x7FFFFFFF, ids, params)
             except ValueError as error:
-                raise ValueError(f"prompts[{i}]: {error}") from None
+                raise ValueError(f"{name}: {error}") from None
 
     # --- replies -----------------------------------------------------------------------------
 

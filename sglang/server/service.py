@@ -7,8 +7,6 @@ import time
 import uuid
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
 from sglang.messages import EngineReady, Pooling
 from sglang.router.grammar import check_grammar, grammar_kind
 from sglang.sampling_params import SamplingParams
@@ -133,11 +131,7 @@ class Service:
             raise ApiError(
                 "stop needs a tokenizer (--skip-tokenizer-init); see stop_token_ids", "stop"
             )
-        sequences = [
-            (ids, params if i == 0 else _sibling(params, i))
-            for ids, params in prompts
-            for i in range(n)
-        ]
+        sequences = [(ids, params.of_sample(i)) for ids, params in prompts for i in range(n)]
         each = logprobs if isinstance(logprobs, list) else [logprobs] * len(prompts)
         wanted = [one for one in each for _ in range(n)]
         own = rids and [one for one in rids for _ in range(n)]
@@ -151,12 +145,6 @@ class Service:
             self.request_log.received(rid, sequences)
             generation.on_close = self.request_log.ended
         return generation
-
-
-def _sibling(params: SamplingParams, index: int) -> SamplingParams:
-    if params.seed is None or index == 0:
-        return params
-    return msgspec.structs.replace(params, seed=(params.seed + index) % 2**63)
 
 
 def new_id(prefix: str) -> str:

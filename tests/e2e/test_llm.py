@@ -51,6 +51,16 @@ def test_each_prompt_may_have_its_own_parameters(llm):
     assert [len(r["output_ids"]) for r in replies] == [1, 5, 9, 3]
 
 
+def test_a_prompt_may_have_several_samples(llm):
+    params = {"temperature": 1.0, "max_new_tokens": 8, "seed": 5}
+    replies = llm.generate(PROMPTS[:2], [{**params, "n": 3}, GREEDY], use_tqdm=False)
+    assert len(replies) == 4
+    alone = [{**params, "seed": seed} for seed in (5, 6, 7)]
+    expected = llm.generate([PROMPTS[0]] * 3 + [PROMPTS[1]], (*alone, GREEDY), use_tqdm=False)
+    assert [r["text"] for r in replies] == [r["text"] for r in expected]
+    assert len({r["text"] for r in replies[:3]}) == 3
+
+
 def test_stop_strings_and_stop_tokens_work_offline(llm):
     stop = llm.generate(PROMPTS[1], {**GREEDY, "stop": "7,"}, use_tqdm=False)[0]
     assert stop["text"] == " 4, 5, 6, "
@@ -91,6 +101,7 @@ def test_the_cache_can_be_flushed(llm):
         (["hi", ""], GREEDY, r"prompts\[1\]: prompt must not be empty"),
         ("hi", {"temperature": -1}, "temperature must be"),
         ("hi", {"temprature": 1}, "temprature is not"),
+        ("hi", {"n": 0}, "n must be an integer >= 1, got 0"),
         ("hi", [GREEDY, GREEDY], "2 entries for 1 prompts"),
         ([[49152]], GREEDY, r"\[0, 49152\), got 49152"),
         ([[1, "a"]], GREEDY, r"prompts\[0\]: prompt token ids must be integers"),
