@@ -264,7 +264,8 @@ def describe(config) -> str:
     if config is None or isinstance(config, str):
         return config or "default"
     if isinstance(config, Split):
-        return f"{config.tile.block_m}x{config.tile.per_sm}/{config.splits}"
+        tile = config.tile
+        return f"{tile.block_m}x{tile.block_n}x{tile.per_sm}/{config.splits}"
     return f"{type(config).__name__[:-6]}{tuple(vars(config).values())}".replace(" ", "")
 
 

@@ -14,14 +14,16 @@ import http.client
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
-from sglang.processes import end_with_parent
+from sglang.processes import end_with
 
 
 @contextlib.contextmanager
@@ -34,7 +36,7 @@ def local_server(flags: list[str]) -> Iterator[str]:
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        preexec_fn=end_with_parent,  # when this terminal closes, say
+        preexec_fn=partial(end_with, os.getpid(), signal.SIGTERM),  # when this terminal closes, say
     )
     assert server.stdout is not None
     try:

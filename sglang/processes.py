@@ -271,7 +271,7 @@ def child_main() -> None:
     parent, report_fd, child, log_level = pickle.load(sys.stdin.buffer)
     _report_fd = report_fd
     os.set_inheritable(report_fd, False)  # or the pipe would outlive this process in its children
-    _die_with(parent)
+    end_with(parent)
     _name_process(child.name)
     logging.basicConfig(
         level=log_level.upper(),
@@ -323,14 +323,10 @@ def _prctl(option: int, argument: Any) -> None:
         ctypes.CDLL(None).prctl(option, argument, 0, 0, 0)
 
 
-def end_with_parent(signum: int = signal.SIGTERM) -> None:
+def end_with(parent: int, signum: int = signal.SIGKILL) -> None:
     """The kernel sends this process a signal when its parent ends, however that ends."""
     PR_SET_PDEATHSIG = 1
     _prctl(PR_SET_PDEATHSIG, signum)
-
-
-def _die_with(parent: int) -> None:
-    end_with_parent(signal.SIGKILL)
     if os.getppid() != parent:  # it ended before the call
         os._exit(1)
 

@@ -242,8 +242,8 @@ class _Parser(argparse.ArgumentParser):
             name = unknown[0].split("=")[0]
             valid = sorted(s for a in self._actions for s in a.option_strings if s.startswith("--"))
             close = difflib.get_close_matches(name, valid, n=1)
-            hint = f" (did you mean {close[0]}?)" if close else ""
-            hint = f" ({_NOT_HERE[name]})" if name in _NOT_HERE else hint
+            hint = _NOT_HERE.get(name) or "".join(f"did you mean {flag}?" for flag in close)
+            hint = f" ({hint})" if hint else ""
             self.error(f"unknown argument {unknown[0]}{hint}; valid flags: {' '.join(valid)}")
         return parsed
 

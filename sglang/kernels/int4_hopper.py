@@ -200,6 +200,7 @@ TILES = (  # on an H200
     Tile(128, stages=4, start=0.64, step=1.06, load=0.003, parts=4.79, each_part=0.43, groups=3),
     Tile(256, stages=3, start=0.16, step=1.31, load=0.002, parts=2.47, each_part=1.49),
 )
+_FEWEST_OUTPUTS = min(tile.block_n for tile in TILES)
 
 
 def usable(x: torch.Tensor, w: Int4Weight) -> bool:
@@ -207,7 +208,7 @@ def usable(x: torch.Tensor, w: Int4Weight) -> bool:
     return (
         multiprocessors(x.device) > 0
         and x.dtype in (torch.float16, torch.bfloat16)
-        and n >= min(tile.block_n for tile in TILES)
+        and n >= _FEWEST_OUTPUTS
         and n % 8 == 0
         and k % STEP.value == 0
         and (w.group_size in (32, 64) or w.group_size % STEP.value == 0)
