@@ -28,11 +28,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from sglang.kernels.hopper import (
-    Ring,
-    barriers,
     load_tile,
     multiprocessors,
-    room_for,
+    ring_of,
     stage,
     tiles_of,
 )
@@ -316,9 +314,9 @@ def _extend_kernel(
 ):
     gdc_launch_dependents()
     gdc_wait()
-    queries = Ring(room_for(new_k, STAGES), barriers(STAGES, 1), barriers(STAGES, 2))
-    keys = Ring(room_for(new_k, STAGES), barriers(STAGES, 1), barriers(STAGES, 2))
-    values = Ring(room_for(new_v, STAGES), barriers(STAGES, 1), barriers(STAGES, 2))
+    queries = ring_of(new_k, STAGES, 1, 2)
+    keys = ring_of(new_k, STAGES, 1, 2)
+    values = ring_of(new_v, STAGES, 1, 2)
     row: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     items = gl.allocate_shared_memory(gl.int32, [STAGES * FIELDS, 1], row)
     fence_async_shared()  # the barriers are there before anyone waits

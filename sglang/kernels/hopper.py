@@ -74,11 +74,23 @@ def room_for(source, count: gl.constexpr):
 
 
 @gluon.jit
-def barriers(count: gl.constexpr, arrivals: gl.constexpr):
-    made = gl.allocate_shared_memory(gl.int64, [count, 1], mbarrier.MBarrierLayout())
+def ring_barriers(count: gl.constexpr, ready_arrivals: gl.constexpr, free_arrivals: gl.constexpr):
+    """`ready` and `free` of a ring. One of each in turn: between two of one tensor Triton lets all
+    threads wait for each other."""
+    LAYOUT: gl.constexpr = mbarrier.MBarrierLayout()
+    ready = gl.allocate_shared_memory(gl.int64, [count, 1], LAYOUT)
+    free = gl.allocate_shared_memory(gl.int64, [count, 1], LAYOUT)
     for i in gl.static_range(count):
-        mbarrier.init(made.index(i), count=arrivals)
-    return made
+        mbarrier.init(ready.index(i), count=ready_arrivals)
+        mbarrier.init(free.index(i), count=free_arrivals)
+    return ready, free
+
+
+@gluon.jit
+def ring_of(source, count: gl.constexpr, ready_arrivals: gl.constexpr, free_arrivals: gl.constexpr):
+    """For tiles of a descriptor."""
+    ready, free = ring_barriers(count, ready_arrivals, free_arrivals)
+    return Ring(room_for(source, count), ready, free)
 
 
 @gluon.jit
@@ -103,6 +115,14 @@ def next_stage(ring, turn):
     i = turn % STAGES
     mbarrier.wait(ring.free.index(i), (turn // STAGES & 1) ^ 1)
     return i, ring.ready.index(i)
+
+
+@gluon.jit
+def counted_on(i, parity, STAGES: gl.constexpr):
+    """From one stage and the parity of its lap to the next: `stage` divides, which costs a loop
+    that has no time to lose."""
+    is_last = i + 1 == STAGES
+    return gl.where(is_last, 0, i + 1), gl.where(is_last, parity ^ 1, parity)
 
 
 @gluon.jit

@@ -4,6 +4,11 @@ y = x W^T + b, or added to what is there.
 A program (hopper_split_k.py) has two or three groups of warps that multiply. Weights are
 dequantized into registers, from which tensor cores take them; while one group does so, another
 multiplies. All read the same inputs from shared memory.
+
+That hides less of it than one would think. Beside busy tensor cores an SM's quarter takes 4 to 5
+cycles for an instruction of integers or of pairs of 16-bit numbers, alone 2; and for one of float32
+numbers 1.5, alone 1. So each instruction counts here, and who multiplies when does not: an order of
+the groups, as FlashAttention-3 has one, changed nothing.
 """
 
 from __future__ import annotations
@@ -22,11 +27,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from sglang.kernels.hopper import (
-    barriers,
+    counted_on,
     inside,
     load_tile,
     multiprocessors,
     next_stage,
+    ring_barriers,
     room_for,
     tiles_of,
 )
@@ -94,10 +100,12 @@ def _multiply(
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
     SCALES: gl.constexpr = scales_layout(ring.scales.shape[1])
-    # With few tokens it is their sums that are scaled: they are fewer than weights.
-    SCALE_SUMS: gl.constexpr = BLOCK_M <= 32 and GROUP % STEP == 0
+    # Few tokens' sums are scaled instead of weights: a thread has no more of them than pairs of
+    # weights, and a float32 product takes half as long as that of a pair.
+    SCALE_SUMS: gl.constexpr = GROUPS * BLOCK_M <= STEP and GROUP % STEP == 0
     outputs = gl.arange(0, OUTPUTS, layout=gl.SliceLayout(1, ACC))
-    turn = 0
+    i = 0
+    parity = 0
     for item in range(num_items(plan)):
         own_m, own_n, first, end = item_at(item, plan, BLOCK_M, GROUPS)
         place = place_of(group, result.out_ptr, plan, own_m, own_n, BLOCK_M, GROUPS)
@@ -106,8 +114,7 @@ def _multiply(
             bias = gl.load(result.bias_ptr + place.n + outputs).to(gl.float32)
             acc += gl.where(first == 0, bias, 0.0)[:, None]
         for _step in range(first, end):
-            i = turn % STAGES
-            mbarrier.wait(ring.ready.index(i), turn // STAGES & 1)
+            mbarrier.wait(ring.ready.index(i), parity)
             words = ring.words.index(i * GROUPS + group).load(WORDS)
             scales = ring.scales.index(i * GROUPS + group).load(SCALES)
             inputs = ring.inputs.index(i).permute((1, 0))
@@ -124,7 +131,7 @@ def _multiply(
                 acc = warpgroup_mma(weights, inputs, acc, is_async=True)
                 acc = warpgroup_mma_wait(0, deps=(acc,))
             mbarrier.arrive(ring.free.index(i))
-            turn += 1
+            i, parity = counted_on(i, parity, STAGES)
         finish(acc, item, group, plan, place, result.sums_ptr, GROUPS, ADDS)
 
 
@@ -149,7 +156,7 @@ def _int4_kernel(
     GROUPS: gl.constexpr,
 ):
     gdc_launch_dependents()
-    ready, free = barriers(STAGES, 2), barriers(STAGES, GROUPS)
+    ready, free = ring_barriers(STAGES, 2, GROUPS)
     SLOTS: gl.constexpr = STAGES * GROUPS
     ring = Ring(room_for(x, STAGES), room_for(words, SLOTS), room_for(scales, SLOTS), ready, free)
     fence_async_shared()  # the barriers are there before anyone waits
@@ -189,16 +196,16 @@ def _int4_kernel(
 
 
 TILES = (  # on an H200
-    Tile(16, stages=7, start=2.21, step=0.63, load=0.002, parts=0.97, each_part=0.04, per_sm=2),
-    Tile(16, stages=8, start=1.43, step=0.42, load=0.002, parts=0.84, each_part=0.22),
-    Tile(32, stages=6, start=1.84, step=0.78, load=0.002, parts=1.17, each_part=0.17, per_sm=2),
-    Tile(32, stages=8, start=1.95, step=0.40, load=0.002, parts=1.99, each_part=0.07),
-    Tile(64, stages=4, start=0.61, step=0.99, load=0.002, parts=2.22, each_part=0.53, per_sm=2),
-    Tile(64, stages=6, start=1.83, step=0.55, load=0.002, parts=2.17, each_part=0.01),
-    Tile(64, stages=6, start=2.23, step=0.71, load=0.003, parts=3.03, each_part=0.15, groups=3),
-    Tile(128, stages=5, start=0.26, step=0.78, load=0.002, parts=3.64, each_part=0.42),
-    Tile(128, stages=4, start=0.64, step=1.06, load=0.003, parts=4.79, each_part=0.43, groups=3),
-    Tile(256, stages=3, start=0.16, step=1.31, load=0.002, parts=2.47, each_part=1.49),
+    Tile(16, stages=7, start=1.83, step=0.58, load=0.0032, parts=0.80, each_part=0.03, per_sm=2),
+    Tile(16, stages=8, start=1.19, step=0.38, load=0.0016, parts=1.56, each_part=0.16),
+    Tile(32, stages=6, start=1.89, step=0.75, load=0.002, parts=1.33, each_part=0.18, per_sm=2),
+    Tile(32, stages=8, start=1.96, step=0.40, load=0.002, parts=1.93, each_part=0.05),
+    Tile(64, stages=4, start=0.35, step=1.04, load=0.002, parts=3.40, each_part=0.31, per_sm=2),
+    Tile(64, stages=6, start=1.40, step=0.51, load=0.002, parts=2.82, each_part=0.01),
+    Tile(64, stages=6, start=2.79, step=0.70, load=0.003, parts=1.84, each_part=0.13, groups=3),
+    Tile(128, stages=5, start=0.09, step=0.76, load=0.002, parts=3.49, each_part=0.40),
+    Tile(128, stages=4, start=1.09, step=1.04, load=0.003, parts=4.50, each_part=0.56, groups=3),
+    Tile(256, stages=3, start=0.24, step=1.30, load=0.002, parts=2.93, each_part=1.33),
 )
 _FEWEST_OUTPUTS = min(tile.block_n for tile in TILES)
 

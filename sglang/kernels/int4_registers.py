@@ -69,20 +69,29 @@ _SCALED_FLOAT16_ASM = _and_multiply(_FLOAT16_ASM, "f16x2")
 _SCALED_BFLOAT16_ASM = _and_multiply(_BFLOAT16_ASM, "bf16x2")
 
 
+# What to add and to multiply with: two equal numbers of a 16-bit type in one instruction each.
+_MINUS_ZERO_ASM = "mad.lo.u32 $0, $1, {}, {};"  # a zero point goes into the mantissa...
+_MINUS_1024_ASM = gl.constexpr(_MINUS_ZERO_ASM.format("0x00010001", "0xe400e400"))
+_MINUS_64_ASM = gl.constexpr(_MINUS_ZERO_ASM.format("0x00100010", "0xd400d400"))  # ...of -64
+_MINUS_128_ASM = gl.constexpr(_MINUS_ZERO_ASM.format("0x00010001", "0xc300c300"))
+_FLOAT16_SCALE_ASM = gl.constexpr("cvt.rn.f16x2.f32 $0, $1, $1;")
+_BFLOAT16_SCALE_ASM = gl.constexpr("cvt.rn.bf16x2.f32 $0, $1, $1;")
+
+
 @gluon.jit
-def _twice(value, dtype: gl.constexpr, like):
-    """float32 [ROWS] -> int32, like that tensor: two equal numbers of a 16-bit type."""
-    bits = value.to(dtype).to(gl.int16, bitcast=True).to(gl.int32) & 0xFFFF
-    bits = gl.convert_layout(bits, gl.SliceLayout(1, like.type.layout), assert_trivial=True)
-    return gl.expand_dims(bits << 16 | bits, 1).broadcast_to(like.shape)
+def _twice(values, asm: gl.constexpr, like):
+    """[ROWS] of four bytes -> int32, like that tensor."""
+    pairs = gl.inline_asm_elementwise(asm, "=r,r", [values], dtype=gl.int32, is_pure=True, pack=1)
+    pairs = gl.convert_layout(pairs, gl.SliceLayout(1, like.type.layout), assert_trivial=True)
+    return gl.expand_dims(pairs, 1).broadcast_to(like.shape)
 
 
 @gluon.jit
 def of_group(scales, g: gl.constexpr):
-    """From [groups, ROWS] -> (scales, zero points), float32 [ROWS]."""
+    """From [groups, ROWS] -> (scales, float32 [ROWS], zero points, int32 [ROWS])."""
     group = gl.arange(0, scales.shape[0], layout=gl.SliceLayout(1, scales.type.layout))[:, None]
     word = gl.sum(gl.where(group == g, scales, 0), 0)
-    return (word & -32).to(gl.float32, bitcast=True), (word & 31).to(gl.float32)
+    return (word & -32).to(gl.float32, bitcast=True), word & 31
 
 
 @gluon.jit
@@ -93,15 +102,14 @@ def _pairs(
     """int32 [ROWS, 16], two bytes each -> int32 [ROWS, 32], pairs of weights. `first` of the
     inputs."""
     IS_HALF: gl.constexpr = dtype == gl.float16
-    LOW_BASE: gl.constexpr = 1024.0 if IS_HALF else 128.0
-    HIGH_BASE: gl.constexpr = 64.0 if IS_HALF else 128.0
+    SCALE_ASM: gl.constexpr = _FLOAT16_SCALE_ASM if IS_HALF else _BFLOAT16_SCALE_ASM
     scale, zero = of_group(scales, first // GROUP)
     high_scale, high_zero = of_group(scales, (first + 32) // GROUP)
-    zero = _twice(-LOW_BASE - zero, dtype, words)
-    high_zero = _twice(-HIGH_BASE - high_zero, dtype, words)
+    zero = _twice(zero, _MINUS_1024_ASM if IS_HALF else _MINUS_128_ASM, words)
+    high_zero = _twice(high_zero, _MINUS_64_ASM if IS_HALF else _MINUS_128_ASM, words)
     if SCALED:
-        scale = _twice(scale, dtype, words)
-        high_scale = _twice(high_scale, dtype, words)
+        scale = _twice(scale, SCALE_ASM, words)
+        high_scale = _twice(high_scale, SCALE_ASM, words)
         low, high = gl.inline_asm_elementwise(
             _SCALED_FLOAT16_ASM if IS_HALF else _SCALED_BFLOAT16_ASM,
             "=&r,=&r,r,r,r,r,r",

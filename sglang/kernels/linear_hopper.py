@@ -18,12 +18,12 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from sglang.kernels.hopper import (
     PairRing,
-    barriers,
     inside,
     load_tile,
     multiprocessors,
     next_stage,
     pair_stage,
+    ring_barriers,
     room_for,
     tiles_of,
 )
@@ -126,7 +126,7 @@ def _linear_kernel(
 ):
     gdc_launch_dependents()
     # Either takes two arrivals: of the warps that load, and of the groups that multiply.
-    ready, free = barriers(STAGES, 2), barriers(STAGES, 2)
+    ready, free = ring_barriers(STAGES, 2, 2)
     ring = PairRing(room_for(x, STAGES), room_for(weight, STAGES), ready, free)
     fence_async_shared()  # the barriers are there before anyone waits
     plan = Plan(num_tokens, n, steps, part_steps, rounds, left)

@@ -30,11 +30,11 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from sglang.kernels.hopper import (
     PairRing,
-    barriers,
     inside,
     load_tile,
     multiprocessors,
     pair_stage,
+    ring_barriers,
     room_for,
     store_tile,
     tile_at,
@@ -197,7 +197,8 @@ def _wide_kernel(
     gdc_launch_dependents()
     gdc_wait()
     weights = gl.allocate_shared_memory(x.dtype, [STAGES, 2 * HALF, STEP], w.layout)
-    ring = PairRing(room_for(x, STAGES), weights, barriers(STAGES, 1), barriers(STAGES, 2))
+    ready, free = ring_barriers(STAGES, 1, 2)
+    ring = PairRing(room_for(x, STAGES), weights, ready, free)
     staging = room_for(out, 2 * CHUNKS)
     fence_async_shared()  # the barriers are there before anyone waits
     plan = Plan(num_tokens, outputs, steps, tiles)
