@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import subprocess
 import sys
 import threading
@@ -106,7 +105,7 @@ def test_a_chat_that_ends_takes_its_server_with_it():
     )
     while not (family := psutil.Process(chat.pid).children(recursive=True)):
         time.sleep(0.01)
-    chat.send_signal(signal.SIGHUP)  # as when its terminal closes
+    chat.kill()  # as its terminal does that closes
     chat.wait(timeout=5)
     _, alive = psutil.wait_procs(family, timeout=10)
     assert not alive
