@@ -69,11 +69,11 @@ _SCALED_FLOAT16_ASM = _and_multiply(_FLOAT16_ASM, "f16x2")
 _SCALED_BFLOAT16_ASM = _and_multiply(_BFLOAT16_ASM, "bf16x2")
 
 
-# What to add and to multiply with: two equal numbers of a 16-bit type in one instruction each.
-_MINUS_ZERO_ASM = "mad.lo.u32 $0, $1, {}, {};"  # a zero point goes into the mantissa...
-_MINUS_1024_ASM = gl.constexpr(_MINUS_ZERO_ASM.format("0x00010001", "0xe400e400"))
-_MINUS_64_ASM = gl.constexpr(_MINUS_ZERO_ASM.format("0x00100010", "0xd400d400"))  # ...of -64
-_MINUS_128_ASM = gl.constexpr(_MINUS_ZERO_ASM.format("0x00010001", "0xc300c300"))
+# What to add and to multiply with, in one instruction each: two equal numbers of a 16-bit type.
+# A zero point z goes into the mantissa of -1024 - z, of -64 - z (float16) or -128 - z (bfloat16).
+_MINUS_1024_ASM = gl.constexpr("mad.lo.u32 $0, $1, 0x00010001, 0xe400e400;")
+_MINUS_64_ASM = gl.constexpr("mad.lo.u32 $0, $1, 0x00100010, 0xd400d400;")
+_MINUS_128_ASM = gl.constexpr("mad.lo.u32 $0, $1, 0x00010001, 0xc300c300;")
 _FLOAT16_SCALE_ASM = gl.constexpr("cvt.rn.f16x2.f32 $0, $1, $1;")
 _BFLOAT16_SCALE_ASM = gl.constexpr("cvt.rn.bf16x2.f32 $0, $1, $1;")
 
