@@ -74,7 +74,7 @@ class ModelConfig:
     default_sampling: dict[str, float] = field(default_factory=dict)
     """generation_config.json's values of the sampling parameters that it gives."""
     quantization_config: dict[str, Any] | None = None
-    """The checkpoint's, as config.json has it."""
+    """The checkpoint's, as config.json has it, or the tool that quantized."""
     quantization: str | None = None
     """What becomes of its weights at load: "fp8" or "int8", or "gguf": they stay 4-bit."""
 
@@ -92,6 +92,7 @@ class ModelConfig:
             values = _read_json(path / "config.json")
             generation = _read_json(path / "generation_config.json", required=False)
         config = cls.from_hf(values, generation)
+        config.quantization_config = config.quantization_config or _of_quantizer(path)
         tokenizer = Path(args.tokenizer_path or path).expanduser()
         if tokenizer.is_dir():
             config.eos_token_ids = _ends(list(config.eos_token_ids), _tokenizer_end(tokenizer))
@@ -129,6 +130,7 @@ class ModelConfig:
         theta, scaling = _rope(values)
         max_position = _max_position(values["max_position_embeddings"], scaling)
         window, first_window_layer = _sliding_window(values, architecture)
+        quantization = values.get("quantization_config") or values.get("compression_config")
         return cls(
             path="",
             name="",
@@ -162,7 +164,7 @@ class ModelConfig:
                 for key in _SAMPLING_DEFAULTS
                 if generation.get(key) is not None
             },
-            quantization_config=values.get("quantization_config"),
+            quantization_config=quantization,
         )
 
     @property
@@ -305,7 +307,7 @@ def _resolve_dtype(asked: str, device: str, values: dict[str, Any]) -> str:
 def _read_json(path: Path, required: bool = True) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # of a .gguf file
         if required:
             raise ValueError(f"{path.parent} has no {path.name}") from None
         return {}
@@ -314,6 +316,14 @@ def _read_json(path: Path, required: bool = True) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds no JSON object")
     return values
+
+
+def _of_quantizer(folder: Path) -> dict[str, Any] | None:
+    """What older versions of AutoGPTQ and AutoAWQ, and NVIDIA's, say in files of their own."""
+    for name in ("quantize_config.json", "quant_config.json", "hf_quant_config.json"):
+        if values := _read_json(folder / name, required=False):
+            return {"quant_method": "modelopt"} if name.startswith("hf_") else values
+    return None
 
 
 def _rope(values: dict[str, Any]) -> tuple[float, dict[str, Any] | None]:

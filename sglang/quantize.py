@@ -126,8 +126,8 @@ def pack_int4(method: str, name: str, weight: Int4) -> dict[str, torch.Tensor]:
             key: _words(value.unflatten(1, (-1, 8))[:, :, pack].flatten(1), 1)
             for key, value in words.items()
         }
-    else:  # the first version's zero points are stored less one
-        packed = {"qweight": _words(q.t(), 0), "qzeros": _words((zeros - 1) % 16, 1)}
+    else:  # the first version's zero points are stored less one, word by word
+        packed = {"qweight": _words(q.t(), 0), "qzeros": _words(zeros, 1) - 0x11111111}
         packed["g_idx"] = (torch.arange(q.shape[1]) * len(scales) // q.shape[1]).int()
     packed["scales"] = scales.half()
     return {f"{name}.{key}": value.contiguous() for key, value in packed.items()}

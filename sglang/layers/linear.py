@@ -122,7 +122,7 @@ class QKVLinear(Linear):
             Part(f"{name}.k_proj", num_kv_heads * head_dim, kv_shard),
             Part(f"{name}.v_proj", num_kv_heads * head_dim, kv_shard),
         ]
-        method = quantization.linear(parts[0].name)
+        method = quantization.fused([part.name for part in parts])
         super().__init__(parts, in_features, method, dtype, device, bias)
 
 
@@ -144,7 +144,7 @@ class GateUpLinear(Linear):
         parts = [
             Part(f"{name}.{each}_proj", intermediate_size, shard) for each in ("gate", "up")
         ]  # fmt: skip
-        method = quantization.linear(parts[0].name)
+        method = quantization.fused([part.name for part in parts])
         super().__init__(parts, in_features, method, dtype, device, bias)
 
 

@@ -7,6 +7,7 @@ file calls them.
 from __future__ import annotations
 
 import json
+import re
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -20,6 +21,12 @@ from sglang.layers.shard import WHOLE, Shard
 
 if TYPE_CHECKING:
     from sglang.model_config import ModelConfig
+
+
+_NOT_NEEDED = re.compile(
+    r".*\.rotary_emb\.inv_freq"  # which older versions of transformers stored
+    r"|.*\.self_attn\.[kv]_scale|.*\.[kv]_proj\.(output|[kv])_scale"  # of a KV cache in 8 bits
+)
 
 
 def open_checkpoint(
@@ -66,23 +73,31 @@ class Checkpoint(ABC):
     ) -> None:
         """Read a tensor, or a shard of it along `dim`, into `out`, in out's dtype, on its device.
 
-        Raises ValueError if there is no such tensor, or it has another shape than `out`.
+        Raises ValueError if there is no such tensor, if it has another shape than `out` (dimensions
+        of one do not count), or numbers of another kind.
         """
         if name not in self._names:
-            raise ValueError(f"the checkpoint has no tensor {name}")
+            layer = name.removesuffix("weight")
+            others = sorted(n for n in self._names if n.startswith(layer) and n != f"{layer}bias")
+            quantized = f", but {others[0]}: is it quantized otherwise?" if others else ""
+            raise ValueError(f"the checkpoint has no tensor {name}{quantized}")
         self.ignore(name)
         shape = list(self.shape(name))
         index = [slice(None)] * len(shape)
         if dim is not None and dim < len(shape):
             index[dim] = slice(*shard.bounds(shape[dim]))
             shape[dim] = index[dim].stop - index[dim].start
-        if shape != list(out.shape):
+        if [size for size in shape if size != 1] != [size for size in out.shape if size != 1]:
             share = "" if shard == WHOLE else f" (share {shard.rank} of {shard.size}: {shape})"
             raise ValueError(
                 f"{name} is {list(self.shape(name))}{share} in the checkpoint, but the model's "
                 f"configuration makes it {list(out.shape)}"
             )
-        self._read(out, name, tuple(index))
+        self._read(out.view(shape), name, tuple(index))
+
+    def stored(self, name: str) -> torch.Tensor:
+        """A whole tensor as it is, of checkpoints that quantization methods read."""
+        raise NotImplementedError
 
     def ignore(self, name: str) -> None:
         """It is no error that this tensor, if there, is not loaded."""
@@ -92,8 +107,7 @@ class Checkpoint(ABC):
 
     def assert_all_used(self) -> None:
         """Raises ValueError, naming it, if a tensor has no place in the model."""
-        # Buffers that older versions of transformers stored; they follow from the configuration.
-        left = sorted(n for n in self._unused if not n.endswith(".rotary_emb.inv_freq"))
+        left = sorted(name for name in self._unused if not _NOT_NEEDED.fullmatch(name))
         self._bar.close()
         if left:
             names = ", ".join(left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
@@ -107,60 +121,85 @@ class Checkpoint(ABC):
         """Copy tensor[index] into `out`; index has a slice for each dimension."""
 
 
-class SafetensorsCheckpoint(Checkpoint):
+class TensorFiles(Checkpoint):
+    """Of files that hold tensors by their names."""
+
+    def __init__(self, files: Iterable[tuple[Path, dict[str, Any]]], show_progress: bool) -> None:
+        """files: of each its tensors, or slices, which are read when they are indexed."""
+        self._tensors: dict[str, Any] = {}
+        home: dict[str, Path] = {}
+        for path, tensors in files:
+            for name in tensors:
+                if home.setdefault(name, path) != path:
+                    raise ValueError(f"{name} is in both {home[name]} and {path}")
+            self._tensors |= tensors
+        if "embed_tokens.weight" in self._tensors:  # of a decoder alone (Qwen3-Embedding's)
+            self._tensors = {
+                n if n.startswith("lm_head.") else f"model.{n}": t for n, t in self._tensors.items()
+            }
+        super().__init__(self._tensors, show_progress)
+
+    def stored(self, name: str, index: tuple[slice, ...] = ()) -> torch.Tensor:
+        self.ignore(name)
+        return self._tensors[name][index]
+
+    def _read(self, out: torch.Tensor, name: str, index: tuple[slice, ...]) -> None:
+        tensor = self.stored(name, index)
+        if not _can_become(tensor.dtype, out.dtype):
+            kinds = [str(t.dtype).removeprefix("torch.") for t in (tensor, out)]
+            raise ValueError(
+                f"{name} is {kinds[0]} in the checkpoint, but the model's configuration makes it "
+                f"{kinds[1]}"
+            )
+        out.copy_(tensor)
+
+
+def _can_become(stored: torch.dtype, wanted: torch.dtype) -> bool:
+    """Numbers of 8 bits mean something together with their scales only."""
+    same_kind = stored.is_floating_point == wanted.is_floating_point
+    return stored == wanted if wanted.itemsize == 1 else same_kind
+
+
+class SafetensorsCheckpoint(TensorFiles):
     """Maps its files into memory: only the shares that are asked for are read."""
 
     def __init__(self, folder: Path, show_progress: bool) -> None:
         from safetensors import SafetensorError, safe_open
 
-        self._slices: dict[str, Any] = {}
         self._files = []  # the slices do not keep them open
-        for path, wanted in _files(folder, "model.safetensors.index.json", "*.safetensors"):
+        found = []
+        for path, wanted in _files(folder, "model.safetensors", "*.safetensors"):
             try:
                 file = safe_open(path, framework="pt", device="cpu").__enter__()
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"cannot read {path}: {error}") from None
             self._files.append(file)
             names = file.keys()
-            self._slices |= {n: file.get_slice(n) for n in names if wanted is None or n in wanted}
-        self._slices = _in_wrapper(self._slices)
-        super().__init__(self._slices, show_progress)
+            slices = {n: file.get_slice(n) for n in names if wanted is None or n in wanted}
+            found.append((path, slices))
+        super().__init__(found, show_progress)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._slices[name].get_shape())
-
-    def _read(self, out: torch.Tensor, name: str, index: tuple[slice, ...]) -> None:
-        out.copy_(self._slices[name][index])
+        return tuple(self._tensors[name].get_shape())
 
 
-class TorchCheckpoint(Checkpoint):
+class TorchCheckpoint(TensorFiles):
     """PyTorch's own files, mapped into memory, read without running what is pickled in them."""
 
     def __init__(self, folder: Path, show_progress: bool) -> None:
-        self._tensors: dict[str, torch.Tensor] = {}
+        found = []
         pattern = "pytorch_model*.bin" if any(folder.glob("pytorch_model*.bin")) else "*.bin"
-        for path, wanted in _files(folder, "pytorch_model.bin.index.json", pattern):
-            tensors = _torch_load(path)
-            self._tensors |= {
+        for path, wanted in _files(folder, "pytorch_model.bin", pattern):
+            tensors = {
                 name: tensor
-                for name, tensor in tensors.items()
+                for name, tensor in _torch_load(path).items()
                 if isinstance(tensor, torch.Tensor) and (wanted is None or name in wanted)
             }
-        self._tensors = _in_wrapper(self._tensors)
-        super().__init__(self._tensors, show_progress)
+            found.append((path, tensors))
+        super().__init__(found, show_progress)
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._tensors[name].shape)
-
-    def _read(self, out: torch.Tensor, name: str, index: tuple[slice, ...]) -> None:
-        out.copy_(self._tensors[name][index])
-
-
-def _in_wrapper(tensors: dict[str, Any]) -> dict[str, Any]:
-    """By the names of a whole model, if they are those of a decoder alone (Qwen3-Embedding's)."""
-    if "embed_tokens.weight" not in tensors:
-        return tensors
-    return {n if n.startswith("lm_head.") else f"model.{n}": t for n, t in tensors.items()}
 
 
 def _torch_load(path: Path) -> dict[str, torch.Tensor]:
@@ -175,11 +214,11 @@ def _torch_load(path: Path) -> dict[str, torch.Tensor]:
         raise ValueError(f"cannot read {path}: {reason}") from None
 
 
-def _files(
-    folder: Path, index_name: str, pattern: str
-) -> list[tuple[Path, frozenset[str] | None]]:  # fmt: skip
+def _files(folder: Path, single: str, pattern: str) -> list[tuple[Path, frozenset[str] | None]]:
     """The files of a checkpoint, each with the names to take from it (None: all of them)."""
-    index = folder / index_name
+    index = folder / f"{single}.index.json"
+    if (folder / single).is_file():
+        return [(folder / single, None)]
     if not index.is_file():
         paths = sorted(folder.glob(pattern))
         if not paths:
@@ -193,7 +232,7 @@ def _files(
     for name, file in weight_map.items():
         names.setdefault(file, []).append(name)
     if missing := [file for file in names if not (folder / file).is_file()]:
-        raise ValueError(f"{folder} lacks {missing[0]}, which {index_name} lists")
+        raise ValueError(f"{folder} lacks {missing[0]}, which {index.name} lists")
     return [(folder / file, frozenset(each)) for file, each in names.items()]
 
 
@@ -219,6 +258,9 @@ class DummyCheckpoint(Checkpoint):
     def load(
         self, out: torch.Tensor, name: str, dim: int | None = None, shard: Shard = WHOLE
     ) -> None:
+        if name.endswith("g_idx"):
+            out.fill_(-1)  # inputs in order
+            return
         if not out.dtype.is_floating_point:
             return self._fill_integers(out, name, shard)
         if out.dtype.itemsize == 1:  # so small an FP8 number would be 0; and torch draws none

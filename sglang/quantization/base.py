@@ -116,8 +116,15 @@ class Quantization(ABC):
 
     @abstractmethod
     def linear(self, name: str) -> LinearMethod:
-        """The method of the layer with this name, such as model.layers.0.mlp.down_proj (of a fused
-        layer: its first part). Raises ValueError if it is one that cannot be served."""
+        """The method of the layer with this name, such as model.layers.0.mlp.down_proj. Raises
+        ValueError if it is one that cannot be served."""
+
+    def fused(self, names: list[str]) -> LinearMethod:
+        """The method of a layer that is made of these."""
+        methods = [self.linear(name) for name in names]
+        if any(method is not methods[0] for method in methods):
+            raise ValueError(f"{', '.join(names)}: some are quantized and some are not")
+        return methods[0]
 
     def tied_head(self) -> LinearMethod:
         """The method of an output head whose weights are the embedding's. It gets them as
@@ -125,6 +132,12 @@ class Quantization(ABC):
         from sglang.quantization.unquantized import Unquantized
 
         return Unquantized()
+
+
+def ignore_zeros(checkpoint: Checkpoint, name: str, otherwise: str) -> None:
+    """It is no error that this tensor, if there, is not loaded, as long as it is zero."""
+    if checkpoint.has(name) and checkpoint.stored(name).any():
+        raise ValueError(f"{name} is not zero, and {otherwise}")
 
 
 def _load_fused(

@@ -17,7 +17,7 @@ from sglang.kernels.gated_linear import gated_linear
 from sglang.kernels.int4 import can_add, dequantize_int4_triton, int4_added, int4_linear
 from sglang.kernels.int4_gemv import MAX_TOKENS, int4_fused_linear
 from sglang.kernels.int4_weight import Int4Weight, pack_int4, pack_scales
-from sglang.quantization.base import LinearMethod, StoredTensor
+from sglang.quantization.base import LinearMethod, StoredTensor, ignore_zeros
 from sglang.quantization.cpu import CPULinear
 from sglang.quantization.schemes import Scheme
 
@@ -198,26 +198,29 @@ class GPTQLinear(GroupedLinear):
     def load(self, layer: Linear, checkpoint: Checkpoint) -> None:
         super().load(layer, checkpoint)
         for part in layer.parts:
-            checkpoint.ignore(f"{part.name}.g_idx")  # stored even if it says nothing
+            if not self.scheme.act_order:  # stored even if it says nothing
+                self._check_order(checkpoint, f"{part.name}.g_idx", layer.in_features)
             if not layer.has_bias:
-                _ignore_zeros(checkpoint, f"{part.name}.bias")
+                ignore_zeros(checkpoint, f"{part.name}.bias", "the model has no bias there")
+
+    def _check_order(self, checkpoint: Checkpoint, name: str, in_features: int) -> None:
+        if not checkpoint.has(name):
+            return
+        group_of = checkpoint.stored(name)
+        in_order = torch.arange(in_features, device="cpu") * self.groups(in_features) // in_features
+        if group_of.any() and (group_of != in_order).any():
+            raise ValueError(f"{name} has another order than desc_act says")
 
     def read(self, layer: Linear) -> GroupedWeight:
         bits = self.scheme.bits
         q = unpack_words(layer.qweight.data, bits, 0).t()
-        zeros = unpack_words(layer.qzeros.data, bits, 1).float() + self.scheme.zero_offset
-        zeros %= 1 << bits  # all ones, stored in the first version's way, is 0 less one
-        group_of = _one_order(layer, layer.g_idx.data) if self.scheme.act_order else None
+        # In words, as GPTQModel does it: of a zero point of 0 one is taken from the next, too.
+        ones = sum(1 << shift for shift in range(0, 32, bits))
+        zeros = unpack_words(layer.qzeros.data + ones * self.scheme.zero_offset, bits, 1).float()
+        group_of = None
+        if self.scheme.act_order:
+            group_of = _one_order(layer, layer.g_idx.data, len(zeros))
         return GroupedWeight(q, layer.scales.data, zeros, group_of)
-
-
-def _ignore_zeros(checkpoint: Checkpoint, name: str) -> None:
-    """AutoGPTQ stored a bias with every layer, of zeros where the model has none."""
-    if checkpoint.has(name):
-        bias = torch.empty(checkpoint.shape(name))
-        checkpoint.load(bias, name)
-        if bias.any():
-            raise ValueError(f"{name} is not zero, and the model has no bias there")
 
 
 class PackedLinear(GroupedLinear):
@@ -258,13 +261,17 @@ class PackedLinear(GroupedLinear):
             zeros = unpack_words(layer.weight_zero_point.data, 4, 0).float().t()
         group_of = None
         if self.scheme.act_order:
-            group_of = _one_order(layer, layer.weight_g_idx.data)
+            group_of = _one_order(layer, layer.weight_g_idx.data, len(scales))
         return GroupedWeight(q, scales, zeros, group_of)
 
 
-def _one_order(layer: Linear, group_of: torch.Tensor) -> torch.Tensor:
+def _one_order(layer: Linear, group_of: torch.Tensor, groups: int) -> torch.Tensor | None:
     """[parts, K] -> [K]: layers that are fused see the same inputs, so quantizers give them the
-    same order."""
+    same order. None: their own one, as compressed-tensors says by -1."""
+    if (group_of == -1).all():
+        return None
+    if group_of.min() < 0 or group_of.max() >= groups:
+        raise ValueError(f"{layer.parts[0].name} has inputs of groups that there are not")
     if (group_of != group_of[0]).any():
         names = ", ".join(part.name for part in layer.parts)
         raise ValueError(f"{names} have their inputs in different orders, which cannot be served")

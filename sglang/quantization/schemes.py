@@ -5,6 +5,8 @@ scheme that cannot be served, a start ends before any process is started.
     AutoGPTQ, GPTQModel  quant_method "gptq"
     compressed-tensors   quant_method "compressed-tensors"; formats pack-, int- and float-quantized
     AutoFP8              quant_method "fp8"
+
+Scales for a KV cache in 8 bits, which some bring along, are not used.
 """
 
 from __future__ import annotations
@@ -38,20 +40,22 @@ class Scheme:
     """To be added to the zero points that are stored."""
     per_tensor: bool = False
     """One scale for all outputs."""
+    targets: tuple[str, ...] = ("re:",)
+    """Layers that are quantized, all but..."""
     ignored: tuple[str, ...] = ()
-    """Layers in floating point: names, parts of names, or "re:" and a pattern."""
+    """...these: names, parts of names, or "re:" and how a name begins."""
 
     def covers(self, name: str) -> bool:
         """Whether the layer of this name is quantized."""
-        if name == "lm_head":
+        if name == "lm_head" or any(_is_meant(name, each) for each in self.ignored):
             return False
-        for each in self.ignored:
-            if each.startswith("re:"):
-                if re.match(each[3:], name):
-                    return False
-            elif each == name or f".{each}." in f".{name}.":
-                return False
-        return True
+        return any(_is_meant(name, each) for each in self.targets)
+
+
+def _is_meant(name: str, by: str) -> bool:
+    if by.startswith("re:"):
+        return re.match(by[3:], name) is not None
+    return f".{by}." in f".{name}."
 
 
 def parse_scheme(config: dict[str, Any]) -> Scheme:
@@ -59,13 +63,30 @@ def parse_scheme(config: dict[str, Any]) -> Scheme:
     readers = {
         "awq": _awq, "gptq": _gptq, "compressed-tensors": _compressed_tensors, "fp8": _fp8
     }  # fmt: skip
-    method = str(config.get("quant_method") or config.get("quantization_method")).lower()
-    if method not in readers:
-        raise _unsupported(f"the method {method}")
-    scheme = readers[method](config)
-    if scheme.group_size != -1 and scheme.group_size % 32:
-        raise _unsupported(f"{method} with groups of {scheme.group_size}")
+    try:
+        method = _method(config)
+        if method not in readers:
+            raise _unsupported(f"the method {method}")
+        scheme = readers[method](config)
+        for each in (*scheme.targets, *scheme.ignored):
+            _is_meant("", each)  # raises what is wrong with a pattern
+    except (AttributeError, KeyError, TypeError, re.error) as error:
+        raise ValueError(
+            f"cannot read the checkpoint's quantization_config: {type(error).__name__}: {error}"
+        ) from None
+    size = scheme.group_size
+    if not isinstance(size, int) or (size != -1 and (size <= 0 or size % 32)):
+        raise _unsupported(f"{method} with groups of {size}")
     return scheme
+
+
+def _method(config: dict[str, Any]) -> str:
+    if method := config.get("quant_method") or config.get("quantization_method"):
+        return str(method).lower()
+    if config.get("load_in_4bit") or config.get("load_in_8bit"):
+        return "bitsandbytes"
+    # AutoAWQ and AutoGPTQ did not say it in files of their own.
+    return "awq" if "w_bit" in config else "gptq" if "desc_act" in config else "none"
 
 
 def _unsupported(what: str) -> ValueError:
@@ -73,34 +94,43 @@ def _unsupported(what: str) -> ValueError:
 
 
 def _awq(config: dict[str, Any]) -> Scheme:
-    bits, version = config.get("bits", 4), str(config.get("version", "gemm")).lower()
+    bits, version = config.get("bits", config.get("w_bit", 4)), config.get("version") or "gemm"
     if bits != 4:
-        raise _unsupported(f"awq with {bits} bits")
-    if version != "gemm":
+        raise _unsupported(f"awq with {bits!r} bits")
+    if str(version).lower() != "gemm":
         raise _unsupported(f"awq in the layout {version}")
-    if not config.get("zero_point", True):
-        raise _unsupported("awq without zero points")
     return Scheme(
-        "awq", "weights", 4, config.get("group_size", 128), symmetric=False,
-        ignored=tuple(config.get("modules_to_not_convert") or ()),
+        "awq", "weights", 4, _group_size(config, "group_size", "q_group_size"), symmetric=False,
+        # AutoAWQ looks for them anywhere in a name.
+        ignored=tuple(f"re:.*{re.escape(n)}" for n in config.get("modules_to_not_convert") or ()),
     )  # fmt: skip
 
 
+def _group_size(config: dict[str, Any], *names: str) -> int:
+    size = next((config[name] for name in names if name in config), 128)
+    return -1 if size is None else size
+
+
 def _gptq(config: dict[str, Any]) -> Scheme:
-    bits, layout = config.get("bits", 4), config.get("checkpoint_format", "gptq")
+    bits = config.get("bits", 4)
+    layout = config.get("checkpoint_format") or config.get("format") or "gptq"
+    layout = "marlin" if config.get("is_marlin_format") else layout
     if bits not in (4, 8):
-        raise _unsupported(f"gptq with {bits} bits")
+        raise _unsupported(f"gptq with {bits!r} bits")
     if layout not in ("gptq", "gptq_v2"):
         raise _unsupported(f"gptq in the layout {layout}")
     if config.get("lm_head"):
         raise _unsupported("gptq, the output head too")
-    if config.get("dynamic"):
+    dynamic = config.get("dynamic") or {}
+    if any(not pattern.startswith("-:") for pattern in dynamic):
         raise _unsupported("gptq with settings that differ between layers (dynamic)")
+    names = ("modules_in_block_to_exclude", "modules_to_not_convert")
+    ignored = [each for name in names for each in config.get(name) or ()]
     # The first version stores a zero point less one, of symmetric weights too.
     return Scheme(
-        "gptq", "weights", bits, config.get("group_size", 128), symmetric=False,
+        "gptq", "weights", bits, _group_size(config, "group_size"), symmetric=False,
         act_order=bool(config.get("desc_act")), zero_offset=int(layout == "gptq"),
-        ignored=tuple(config.get("modules_in_block_to_exclude") or ()),
+        ignored=(*ignored, *(f"re:{pattern[2:]}" for pattern in dynamic)),
     )  # fmt: skip
 
 
@@ -112,36 +142,45 @@ def _fp8(config: dict[str, Any]) -> Scheme:
 
 
 def _compressed_tensors(config: dict[str, Any]) -> Scheme:
-    groups = list((config.get("config_groups") or {}).values())
-    if len(groups) != 1:
+    groups = [
+        {key: value for key, value in group.items() if value is not None}
+        for group in (config.get("config_groups") or {}).values()
+    ]
+    targets = [target for group in groups for target in group.pop("targets", ())]
+    if not groups or any(group != groups[0] for group in groups):
         raise _unsupported(f"compressed-tensors with {len(groups)} groups of layers")
-    if (targets := groups[0].get("targets")) != ["Linear"]:
-        raise _unsupported(f"compressed-tensors for the layers {targets}")
     weights, inputs = groups[0].get("weights") or {}, groups[0].get("input_activations")
     bits, type = weights.get("num_bits"), weights.get("type", "int")
     strategy = weights.get("strategy") or ("group" if weights.get("group_size") else "tensor")
     layout = groups[0].get("format") or config.get("format")
-    ignored = tuple(config.get("ignore") or ())
+    layers: dict[str, Any] = {"ignored": tuple(config.get("ignore") or ())}
+    if "Linear" not in targets:
+        layers["targets"] = tuple(targets)
     found = f"compressed-tensors {layout}, {bits}-bit {type} weights by {strategy}"
-    if groups[0].get("output_activations") or config.get("kv_cache_scheme"):
-        raise _unsupported(f"{found}, with quantized outputs or KV cache")
+    if groups[0].get("output_activations"):
+        raise _unsupported(f"{found}, with quantized outputs")
+    transforms = ((config.get("transform_config") or {}).get("config_groups") or {}).values()
+    places = {each["location"] for group in transforms for each in group["apply"]}
+    if online := places - {"weight_input", "weight_output"}:
+        raise _unsupported(f"{found}, transformed as it runs ({sorted(online)[0]})")
     if layout == "pack-quantized":
         if (bits, type) != (4, "int") or inputs or strategy not in ("group", "channel"):
             raise _unsupported(found + (" and quantized activations" if inputs else ""))
         return Scheme(
             "compressed-tensors", "weights", 4,
-            weights["group_size"] if strategy == "group" else -1,
+            weights.get("group_size") if strategy == "group" else -1,
             symmetric=weights.get("symmetric", True),
-            act_order=weights.get("actorder") in ("group", True),
-            ignored=ignored,
+            act_order=weights.get("actorder") in ("group", "dynamic", True),
+            **layers,
         )  # fmt: skip
-    kinds = {("int-quantized", "int"): "int8", ("float-quantized", "float"): "fp8"}
-    kind = kinds.get((layout, type))
-    if kind is None or bits != 8 or strategy not in ("channel", "tensor"):
+    kind = {"int": "int8", "float": "fp8"}.get(type)
+    if kind is None or layout not in (f"{type}-quantized", "naive-quantized"):
+        raise _unsupported(found)
+    if bits != 8 or strategy not in ("channel", "tensor"):
         raise _unsupported(found)
     if not inputs or inputs.get("num_bits") != 8 or inputs.get("type", "int") != type:
         raise _unsupported(f"{found}, with activations {inputs and inputs.get('type')}")
     if not weights.get("symmetric", True) or not inputs.get("symmetric", True):
         raise _unsupported(f"{found}, asymmetric")
     per_tensor = strategy == "tensor"
-    return Scheme("compressed-tensors", kind, per_tensor=per_tensor, ignored=ignored)
+    return Scheme("compressed-tensors", kind, per_tensor=per_tensor, **layers)

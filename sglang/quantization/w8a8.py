@@ -14,7 +14,7 @@ from sglang.kernels.activation import silu_and_mul
 from sglang.kernels.quant_tokens import norm_and_quantize, quantize_tokens, silu_and_quantize
 from sglang.kernels.quant_w8a8 import scaled_matmul
 from sglang.kernels.w8a8_gemv import is_few, w8a8_fused_linear
-from sglang.quantization.base import LinearMethod, Quantization, StoredTensor
+from sglang.quantization.base import LinearMethod, Quantization, StoredTensor, ignore_zeros
 from sglang.quantization.schemes import Scheme
 from sglang.quantization.unquantized import Unquantized
 
@@ -97,6 +97,9 @@ class W8A8Linear(_EightBit):
         super().load(layer, checkpoint)
         for part in layer.parts:
             checkpoint.ignore(f"{part.name}.input_scale")
+            for each in ("weight", "input"):  # stored though they say nothing
+                name = f"{part.name}.{each}_zero_point"
+                ignore_zeros(checkpoint, name, "asymmetric numbers are not supported")
 
     def finish(self, layer: Linear) -> None:
         scales = layer.weight_scale.data.flatten()

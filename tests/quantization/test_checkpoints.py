@@ -36,17 +36,17 @@ def plain_awq(t: dict[str, torch.Tensor], name: str) -> np.ndarray:
 
 
 def plain_gptq(t: dict[str, torch.Tensor], name: str) -> np.ndarray:
-    """[N, K]. Inputs in a word in order; zero points of outputs, less one."""
+    """[N, K]. Inputs in a word in order; zero points of outputs, their words less 0x11111111."""
     words = t[f"{name}.qweight"].numpy()
     q = np.zeros((words.shape[0] * 8, words.shape[1]))
     for (row, column), word in np.ndenumerate(words):
         q[row * 8 : row * 8 + 8, column] = nibbles(word)
-    words = t[f"{name}.qzeros"].numpy()
+    words = t[f"{name}.qzeros"].numpy() + np.int32(0x11111111)
     zeros = np.zeros((words.shape[0], words.shape[1] * 8))
     for (row, column), word in np.ndenumerate(words):
         zeros[row, column * 8 : column * 8 + 8] = nibbles(word)
     group = t[f"{name}.g_idx"].numpy()
-    return ((q - (zeros[group] + 1) % 16) * t[f"{name}.scales"].float().numpy()[group]).T
+    return ((q - zeros[group]) * t[f"{name}.scales"].float().numpy()[group]).T
 
 
 def plain_w8(t: dict[str, torch.Tensor], name: str) -> np.ndarray:
@@ -143,8 +143,28 @@ def test_a_checkpoint_runs_in_what_it_is_held_in(method, held_in, tmp_path, monk
         ({"quant_method": "gptq", "bits": 3}, "gptq with 3 bits"),
         ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "fp8 with scales for blocks"),
         ({"quant_method": "compressed-tensors"}, "compressed-tensors with 0 groups"),
+        ({"load_in_4bit": True}, "the method bitsandbytes"),
+        ({"w_bit": 4, "q_group_size": 16}, "awq with groups of 16"),
+        ({"quant_method": "gptq", "group_size": 0}, "gptq with groups of 0"),
+        ({"quant_method": "gptq", "bits": "4"}, "gptq with '4' bits"),
+        ({"quant_method": "gptq", "is_marlin_format": True}, "gptq in the layout marlin"),
+        ({"quant_method": "gptq", "dynamic": {"+:.*": {"bits": 8}}}, r"gptq with .*\(dynamic\)"),
     ],
 )
 def test_what_is_not_supported_is_named(config, found):
     with pytest.raises(ValueError, match=rf"{found}.*; supported: awq"):
+        parse_scheme(config)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        "gptq",
+        {"quant_method": "compressed-tensors", "config_groups": [{"targets": ["Linear"]}]},
+        {"quant_method": "compressed-tensors", "config_groups": {"W4A16": ["Linear"]}},
+        {"quant_method": "fp8", "ignored_layers": ["re:*lm_head"]},
+    ],
+)
+def test_what_cannot_be_read_is_one_line(config):
+    with pytest.raises(ValueError, match=r"^cannot read the checkpoint's quantization_config: .+$"):
         parse_scheme(config)
