@@ -18,7 +18,7 @@ from typing import Any
 AT_LOAD = ("fp8", "int8")
 """What --quantization can make of a checkpoint in floating point."""
 _SUPPORTED = (
-    "supported: awq (4 bits, gemm), gptq (4 and 8 bits), fp8 (per tensor), compressed-tensors "
+    "supported: awq (4 bits, gemm), gptq (4 and 8 bits), fp8, compressed-tensors "
     "(4-bit pack-quantized, 8-bit int-quantized and float-quantized)"
 )
 
@@ -40,6 +40,8 @@ class Scheme:
     """To be added to the zero points that are stored."""
     per_tensor: bool = False
     """One scale for all outputs."""
+    block: tuple[int, int] | None = None
+    """Outputs and inputs that share a scale."""
     targets: tuple[str, ...] = ("re:",)
     """Layers that are quantized, all but..."""
     ignored: tuple[str, ...] = ()
@@ -135,10 +137,17 @@ def _gptq(config: dict[str, Any]) -> Scheme:
 
 
 def _fp8(config: dict[str, Any]) -> Scheme:
-    if config.get("weight_block_size"):
-        raise _unsupported("fp8 with scales for blocks")
     ignored = config.get("ignored_layers") or config.get("modules_to_not_convert") or ()
-    return Scheme("fp8", "fp8", per_tensor=True, ignored=tuple(ignored))
+    block = _block(config.get("weight_block_size"))
+    return Scheme("fp8", "fp8", per_tensor=not block, block=block, ignored=tuple(ignored))
+
+
+def _block(size: list[int] | None) -> tuple[int, int] | None:
+    if not size:
+        return None
+    if len(size) != 2 or not all(isinstance(each, int) and each > 0 for each in size):
+        raise _unsupported(f"fp8 with scales for blocks of {size}")
+    return size[0], size[1]
 
 
 def _compressed_tensors(config: dict[str, Any]) -> Scheme:
@@ -176,11 +185,14 @@ def _compressed_tensors(config: dict[str, Any]) -> Scheme:
     kind = {"int": "int8", "float": "fp8"}.get(type)
     if kind is None or layout not in (f"{type}-quantized", "naive-quantized"):
         raise _unsupported(found)
-    if bits != 8 or strategy not in ("channel", "tensor"):
+    strategies = ("channel", "tensor", "block") if kind == "fp8" else ("channel", "tensor")
+    if bits != 8 or strategy not in strategies:
         raise _unsupported(found)
     if not inputs or inputs.get("num_bits") != 8 or inputs.get("type", "int") != type:
         raise _unsupported(f"{found}, with activations {inputs and inputs.get('type')}")
     if not weights.get("symmetric", True) or not inputs.get("symmetric", True):
         raise _unsupported(f"{found}, asymmetric")
+    if strategy == "block":
+        layers["block"] = _block(weights["block_structure"])
     per_tensor = strategy == "tensor"
     return Scheme("compressed-tensors", kind, per_tensor=per_tensor, **layers)

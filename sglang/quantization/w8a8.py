@@ -85,7 +85,11 @@ class W8A8Linear(_EightBit):
     ) -> list[StoredTensor]:
         shape = (out_features, in_features)
         weight = StoredTensor("weight", shape, DTYPES[self.scheme.kind], output_dim=0, input_dim=1)
-        if not self.scheme.per_tensor:
+        if self.scheme.block:
+            suffix = "weight_scale_inv" if self.scheme.format == "fp8" else "weight_scale"
+            blocks = tuple(-(-n // size) for n, size in zip(shape, self.scheme.block, strict=True))
+            scale = StoredTensor(suffix, blocks, torch.float32, output_dim=0, input_dim=1)
+        elif not self.scheme.per_tensor:
             scale = StoredTensor("weight_scale", (out_features, 1), torch.float32, output_dim=0)
         elif self.scheme.format == "fp8":
             scale = StoredTensor("weight_scale", (), torch.float32)
@@ -102,6 +106,8 @@ class W8A8Linear(_EightBit):
                 ignore_zeros(checkpoint, name, "asymmetric numbers are not supported")
 
     def finish(self, layer: Linear) -> None:
+        if self.scheme.block:
+            return self._finish_blocks(layer, *self.scheme.block)
         scales = layer.weight_scale.data.flatten()
         del layer.weight_scale
         if self.scheme.per_tensor:  # [parts]
@@ -109,6 +115,25 @@ class W8A8Linear(_EightBit):
             counts = torch.tensor(sizes, device=scales.device)
             scales = scales.repeat_interleave(counts, output_size=sum(sizes))
         self.keep(layer, layer.weight.data, scales)
+
+    def _finish_blocks(self, layer: Linear, outputs: int, inputs: int) -> None:
+        """Rounded anew, to one scale for each output: our products know no others."""
+        name = self.tensors(1, 1, layer.dtype)[1].suffix
+        weight, scales = layer.weight.data, getattr(layer, name).data
+        delattr(layer, name)
+        counts = []
+        for part in layer.parts:
+            rows, columns = part.shard.length(part.out_features), weight.shape[1]
+            split_inside = part.shard.size > 1 and rows % outputs
+            if split_inside or (layer.input_shard.size > 1 and columns % inputs):
+                raise ValueError(
+                    f"{part.name}: blocks of {outputs} x {inputs} cannot be split over ranks here: "
+                    "choose another --tp-size"
+                )
+            counts += [min(outputs, rows - first) for first in range(0, rows, outputs)]
+        scales = scales.repeat_interleave(torch.tensor(counts, device=scales.device), 0)
+        scales = scales.repeat_interleave(inputs, 1)[:, : weight.shape[1]]
+        self.keep(layer, *quantize_tokens(weight.float() * scales, weight.dtype))
 
 
 class QuantizedAtLoad(_EightBit, Quantization):

@@ -141,7 +141,7 @@ def test_a_checkpoint_runs_in_what_it_is_held_in(method, held_in, tmp_path, monk
         ({"quant_method": "awq", "version": "gemv"}, "awq in the layout gemv"),
         ({"quant_method": "awq", "group_size": 48}, "awq with groups of 48"),
         ({"quant_method": "gptq", "bits": 3}, "gptq with 3 bits"),
-        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "fp8 with scales for blocks"),
+        ({"quant_method": "fp8", "weight_block_size": [128]}, "fp8 with scales for blocks"),
         ({"quant_method": "compressed-tensors"}, "compressed-tensors with 0 groups"),
         ({"load_in_4bit": True}, "the method bitsandbytes"),
         ({"w_bit": 4, "q_group_size": 16}, "awq with groups of 16"),

@@ -9,7 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from sglang.worker.parallel import TensorParallel
 from tests.models import tiny
+from tests.models.test_tensor_parallel import build
 
 K_SIZES = {"hidden_size": 128, "intermediate_size": 192}
 
@@ -190,6 +192,61 @@ def test_fp8_with_a_scale_for_a_whole_matrix(static, tmp_path):
         wanted = theirs(torch.tensor([ids])).logits[0]
     error = tiny.our_logits(ours, ids) - wanted
     assert error.pow(2).mean().sqrt() < 0.3 * wanted.std()  # tokens are rounded, here only ours
+
+
+def blocks_layer(outputs: int, inputs: int, suffix: str = "weight_scale_inv"):
+    def layer(rng, order_rng, n, k):
+        q = torch.from_numpy(rng.standard_normal((n, k)) * 100).to(torch.float8_e4m3fn)
+        scale = torch.from_numpy(rng.uniform(1e-3, 4e-3, (-(-n // outputs), -(-k // inputs))))
+        every = scale.float().repeat_interleave(outputs, 0)[:n].repeat_interleave(inputs, 1)[:, :k]
+        return {"weight": q, suffix: scale.float()}, q.float() * every
+
+    return layer
+
+
+@pytest.mark.parametrize("tool", ["fp8", "compressed-tensors"])
+def test_fp8_with_scales_for_blocks(tool, tmp_path):
+    """DeepSeek's and Qwen's. What is left is one scale for each output, and rounding once more."""
+    config = {"quant_method": "fp8", "weight_block_size": [48, 64]}
+    if tool == "compressed-tensors":
+        eight = {"num_bits": 8, "type": "float", "symmetric": True}
+        group = {"weights": eight | {"strategy": "block", "block_structure": [48, 64]}}
+        group |= {"input_activations": eight | {"strategy": "group"}, "targets": ["Linear"]}
+        config = {"quant_method": tool, "format": "float-quantized", "config_groups": {"a": group}}
+    theirs = tiny.make("Llama", **K_SIZES)
+    suffix = "weight_scale_inv" if tool == "fp8" else "weight_scale"
+    write(tmp_path / "model", theirs, config, blocks_layer(48, 64, suffix))
+    ours, _ = tiny.load(tmp_path / "model", dtype="float32")
+    for mine, their in zip(ours.layers, theirs.model.layers, strict=True):
+        attention = [getattr(their.self_attn, f"{each}_proj").weight for each in "qkv"]
+        for fused, parts in (
+            (mine.self_attn.qkv_proj, attention),
+            (mine.mlp.gate_up_proj, [their.mlp.gate_proj.weight, their.mlp.up_proj.weight]),
+            (mine.mlp.down_proj, [their.mlp.down_proj.weight]),
+        ):
+            wanted = torch.cat(parts)
+            scales = wanted.abs().amax(1, keepdim=True) / 448
+            torch.testing.assert_close(fused.scales[:, None], scales)
+            rounded = (wanted / scales).to(torch.float8_e4m3fn).float() * scales
+            torch.testing.assert_close(fused.weight.float() * fused.scales[:, None], rounded)
+            assert ((rounded - wanted).abs() <= wanted.abs() / 16 + scales * 2**-10).all()
+
+
+@pytest.mark.parametrize("block, works", [((32, 32), True), ((96, 32), False), ((32, 96), False)])
+def test_blocks_are_shared_out_over_ranks(block, works, tmp_path):
+    config = {"quant_method": "fp8", "weight_block_size": block}
+    write(tmp_path / "model", tiny.make("Llama", **K_SIZES), config, blocks_layer(*block))
+    whole = build(tmp_path / "model", TensorParallel())
+    if not works:
+        with pytest.raises(ValueError, match=r"_proj: blocks of .* cannot be split over ranks"):
+            build(tmp_path / "model", TensorParallel(1, 2))
+        return
+    ranks = [build(tmp_path / "model", TensorParallel(rank, 2)) for rank in range(2)]
+    gates = [rank.layers[1].mlp.gate_up_proj.weight.chunk(2)[0] for rank in ranks]
+    assert torch.equal(torch.cat(gates), whole.layers[1].mlp.gate_up_proj.weight.chunk(2)[0])
+    downs = [model.layers[1].mlp.down_proj for model in (whole, *ranks)]
+    weight, *shares = (down.weight.float() * down.scales[:, None] for down in downs)
+    torch.testing.assert_close(torch.cat(shares, 1), weight, rtol=0.13, atol=1e-3)
 
 
 def test_layers_of_one_fused_matrix_in_different_orders_are_refused(tmp_path):
