@@ -235,7 +235,8 @@ def test_fp8_with_scales_for_blocks(tool, tmp_path):
 @pytest.mark.parametrize("block, works", [((32, 32), True), ((96, 32), False), ((32, 96), False)])
 def test_blocks_are_shared_out_over_ranks(block, works, tmp_path):
     config = {"quant_method": "fp8", "weight_block_size": block}
-    write(tmp_path / "model", tiny.make("Llama", **K_SIZES), config, blocks_layer(*block))
+    theirs = tiny.make("Llama", **K_SIZES, num_key_value_heads=4)
+    write(tmp_path / "model", theirs, config, blocks_layer(*block))
     whole = build(tmp_path / "model", TensorParallel())
     if not works:
         with pytest.raises(ValueError, match=r"_proj: blocks of .* cannot be split over ranks"):
