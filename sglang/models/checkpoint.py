@@ -77,10 +77,12 @@ class Checkpoint(ABC):
         of one do not count), or numbers of another kind.
         """
         if name not in self._names:
-            layer = name.removesuffix("weight")
-            others = sorted(n for n in self._names if n.startswith(layer) and n != f"{layer}bias")
-            quantized = f", but {others[0]}: is it quantized otherwise?" if others else ""
-            raise ValueError(f"the checkpoint has no tensor {name}{quantized}")
+            layer, _, missing = name.rpartition(".")
+            others = sorted(n for n in self._names if n.startswith(f"{layer}."))
+            stored = f", but {others[-1]}: is it quantized otherwise?" if others else ""
+            raise ValueError(
+                f"the checkpoint has no tensor {name}{stored if missing != 'bias' else ''}"
+            )
         self.ignore(name)
         shape = list(self.shape(name))
         index = [slice(None)] * len(shape)

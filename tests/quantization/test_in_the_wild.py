@@ -249,7 +249,7 @@ def test_weights_that_are_quantized_though_nothing_says_so(tmp_path):
     folder = tmp_path / "model"
     write(folder, tiny.make("Llama", **K_SIZES), GPTQ, gptq_layer)
     tiny.rewrite_config(folder, quantization_config=None)
-    with pytest.raises(ValueError, match=r"q_proj.weight, but .*q_proj.g_idx: is it quantized"):
+    with pytest.raises(ValueError, match=r"q_proj.weight, but .*q_proj.scales: is it quantized"):
         tiny.load(folder)
     with pytest.raises(ValueError, match=r"\w+ is int32 in the checkpoint"):
         quantize("int8", str(folder), str(tmp_path / "out"))
