@@ -53,6 +53,9 @@ _SPIN_COUNT = "5000"
 """How often a thread of OpenMP looks whether there is work before it sleeps: some 0.1 ms, enough
 from one product to the next. By default it spins for milliseconds, which takes the core from the
 thread that it waits for: beside another busy process a step then takes twice as long."""
+_PRIMITIVES = "256"
+"""Products that oneDNN keeps code for, on a CPU. Each number of tokens has its own, some 3 MB in
+all: with 1024, the default, a worker grew for hundreds of lengths of prompts."""
 _BOOT = "from sglang.processes import child_main; child_main()"
 _BEAT = b"."  # a pickled report begins with another byte
 _report_fd = -1  # in a child: its pipe
@@ -172,6 +175,7 @@ class Supervisor:
         env["PYTHONSAFEPATH"] = "1"  # sglang is where it is here, not where the user stands
         if "OMP_WAIT_POLICY" not in env:
             env.setdefault("GOMP_SPINCOUNT", _SPIN_COUNT)
+        env.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", _PRIMITIVES)
         try:
             process = subprocess.Popen(
                 [sys.executable, "-c", _BOOT, child.name],
@@ -265,8 +269,8 @@ def child_main() -> None:
     """Reads its job from standard input and does it."""
     # A terminal's Ctrl-C, and what ends a whole group or service, are the launcher's to handle: it
     # has requests to finish first.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_IGN)
     global _report_fd
     parent, report_fd, child, log_level = pickle.load(sys.stdin.buffer)
     _report_fd = report_fd

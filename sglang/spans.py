@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections import deque
 from pathlib import Path
@@ -77,8 +78,11 @@ class Recorder:
                 lane.start()
             return
         draft = self._path.with_suffix(".draft")
-        draft.write_text(json.dumps(self._events()))
-        draft.rename(self._path)  # whole, or not there
+        try:
+            draft.write_text(json.dumps(self._events()))
+            draft.rename(self._path)  # whole, or not there
+        except OSError as error:  # a full disk does not end what is being served
+            print(f"no profile of {self._process}: {error}", file=sys.stderr, flush=True)
 
     def _events(self) -> list[dict]:
         pid = os.getpid()

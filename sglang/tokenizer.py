@@ -10,6 +10,7 @@ import codecs
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +57,11 @@ class Tokenizer:
             for name, text in (chat_templates or {}).items()
         }
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
+
+    @cached_property
+    def longest_token(self) -> int:
+        """Characters."""
+        return max(map(len, self._backend.get_vocab(with_added_tokens=True)))
 
     @classmethod
     def load(cls, config: ModelConfig, args: ServerArgs) -> Tokenizer:

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CACHED_GRAMMARS = 256
+_MOST_CHARS = 1 << 17
+"""Of a grammar: to check so many takes half a second, which all streams wait."""
 
 
 class Grammar(ABC):
@@ -111,6 +113,8 @@ def check_grammar(params: SamplingParams, backend: str) -> None:
         raise ValueError(f"{kind} is not served here: --grammar-backend is none")
     if params.min_new_tokens:
         raise ValueError(f"min_new_tokens cannot be combined with {kind}: a grammar has its end")
+    if len(getattr(params, kind)) > _MOST_CHARS:
+        raise ValueError(f"{kind} has more than {_MOST_CHARS} characters")
     if (error := _error_in(kind, getattr(params, kind))) is not None:
         raise ValueError(f"{kind} is not one that this server can follow: {error}")
 

@@ -22,6 +22,7 @@ from sglang.messages import (
     pack,
     unpack,
 )
+from sglang.processes import start_heartbeat
 
 if TYPE_CHECKING:
     from sglang.model_config import ModelConfig
@@ -234,6 +235,7 @@ def run_detokenizer(args: ServerArgs, model: ModelConfig, addresses: Addresses) 
     news = connect(addresses.detokenizer)
     detokenizer = Detokenizer(tokenizer)
     decoder = Decoder(TokenBatch)
+    start_heartbeat()
     while True:
         deltas, stopped = detokenizer.step(decoder.decode(news.recv_bytes()))
         if stopped:

@@ -11,7 +11,9 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+
+import zmq
 
 from sglang.model_config import ModelConfig
 from sglang.processes import Death, EngineProcesses
@@ -31,12 +33,12 @@ def serve(args: ServerArgs) -> int:
     try:
         with _listen(args.host, args.port) as listener:
             engine = Engine(args)
-            ending = Ending()
+            ending = Ending(engine.processes.stop)
             with engine:
                 return _run(engine, listener, ending, started)
     except KeyboardInterrupt:
         return 130
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, zmq.ZMQError) as error:  # the last: no descriptors are left, say
         if args.log_level == "debug":
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -73,11 +75,17 @@ def _listen(host: str, port: int) -> Iterator[socket.socket]:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
+        with _naming(host, port):
             listener.bind((host, port))
-        except OSError as error:
-            raise OSError(f"cannot listen on {host}:{port}: {error.strerror}") from None
         yield listener
+
+
+@contextlib.contextmanager
+def _naming(host: str, port: int) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"cannot listen on {host}:{port}: {error.strerror}") from None
 
 
 class Engine:
@@ -146,6 +154,8 @@ async def _serve(
     engine.is_ready = True
     service = Service(args, model, tokenizer, manager, ready.result())
     server = HTTPServer(build_app(service), args.shutdown_timeout + _ABORT_SECONDS)
+    with _naming(*listener.getsockname()[:2]):
+        listener.listen()
     serving = asyncio.ensure_future(server.serve([listener]))
     await server.wait_started(serving)
     _announce(engine, listener, time.monotonic() - started)
@@ -166,15 +176,18 @@ async def _serve(
 
 
 class Ending:
-    """SIGTERM and Ctrl-C. The first asks for an end; a second Ctrl-C is one. They are noted, from
-    before the event loop runs: as exceptions, amid an import, they might get lost."""
+    """SIGTERM, SIGHUP (a terminal closes) and Ctrl-C. The first asks for an end; a second Ctrl-C is
+    one. They are noted, from before the event loop runs: as exceptions, amid an import, they might
+    get lost."""
 
-    def __init__(self) -> None:
+    def __init__(self, end_at_once: Callable[[], None]) -> None:
+        self._end_at_once = end_at_once
         self.exit_code = 0
         self._is_asked = False
         self._future: asyncio.Future[None] | None = None
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(signum, self._on_signal)
+        for signum in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+            if signal.getsignal(signum) != signal.SIG_IGN:  # as nohup does
+                signal.signal(signum, self._on_signal)
 
     def asked(self) -> asyncio.Future[None]:
         """Of the running event loop; done when an end is asked for."""
@@ -190,7 +203,9 @@ class Ending:
             if self._future is not None:
                 self._future.get_loop().call_soon_threadsafe(self._tell, self._future)
         elif signum == signal.SIGINT:
-            os._exit(130)  # the kernel ends the children with this process
+            with contextlib.suppress(RuntimeError):  # there is nothing to end yet
+                self._end_at_once()
+            os._exit(130)
 
     def _tell(self, future: asyncio.Future[None]) -> None:
         if not future.done():

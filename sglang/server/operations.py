@@ -200,7 +200,7 @@ def control_router(service: Service) -> APIRouter:
         """Writes the trace, for https://ui.perfetto.dev, and says where it is."""
         try:
             path = await manager.stop_profile(service.args.tp_size, folder)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             raise ApiError(str(error)) from None
         return Trace(status="stopped", trace=str(path))
 

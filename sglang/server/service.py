@@ -11,7 +11,7 @@ from sglang.messages import EngineReady, Pooling
 from sglang.router.grammar import check_grammar, grammar_kind
 from sglang.sampling_params import SamplingParams
 from sglang.server.errors import ApiError, bad_value
-from sglang.server.limits import NO_LOGPROBS, LogprobsWanted
+from sglang.server.limits import NO_LOGPROBS, ContextOverflow, LogprobsWanted
 from sglang.server.loop_lag import LoopLag
 from sglang.server.request_log import RequestLog
 from sglang.server.tokenizer_manager import Generation, TokenizerManager
@@ -26,6 +26,8 @@ MAX_SEQUENCES = 2048
 _LONG_TEXT = 4096
 """Characters (and 100 for each text): tokenizing more than this would hold up every stream, so a
 thread does it."""
+_SURELY_SHORT = 100_000
+"""Characters."""
 
 Prompt = str | list[int]
 
@@ -67,11 +69,27 @@ class Service:
     async def encode(self, text: str, special_tokens: bool = True) -> list[int]:
         return (await self.encode_prompts([text], special_tokens))[0]
 
+    def check_can_fit(self, num_chars: int, least_tokens: int = 0) -> None:
+        """Raises an ApiError for what is so long that there is no need to tokenize it. (What a
+        tokenizer leaves out before it cuts text into tokens is less than three quarters of it.)"""
+        limit = self.model.context_len
+        if num_chars > _SURELY_SHORT and self.tokenizer is not None:
+            least_tokens = max(least_tokens, num_chars // (4 * self.tokenizer.longest_token))
+        if least_tokens > limit:
+            message = (
+                f"prompt has {least_tokens} tokens or more: the model's maximum context length is "
+                f"{limit} tokens"
+            )
+            raise bad_value(ContextOverflow(message))
+
     async def encode_prompts(
         self, prompts: list[Prompt], special_tokens: bool = True
     ) -> list[list[int]]:
         """Texts become token ids; what are ids already stays."""
+        if len(prompts) > MAX_SEQUENCES:
+            raise ApiError(f"prompts x n must be at most {MAX_SEQUENCES}", "n")
         lengths = [len(prompt) for prompt in prompts if isinstance(prompt, str)]
+        self.check_can_fit(max(lengths, default=0))
         if not lengths:
             return prompts  # type: ignore[return-value]
         tokenizer = self.need_tokenizer()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -177,6 +178,32 @@ def test_a_conversation_that_is_too_long_is_told_as_clients_expect(server: Serve
         error = server.post(path, body).json()["error"]
         assert error["code"] == "context_length_exceeded"
         assert "maximum context length is 8192 tokens" in error["message"]
+
+
+@pytest.mark.parametrize("what", ["messages", "one text", "prompts"])
+def test_what_cannot_fit_is_not_tokenized_first(server: Server, what: str):
+    """Some megabytes, which would take seconds."""
+    if what == "messages":
+        path, body = CHAT, {"messages": [{"role": "user", "content": "a"}] * 20_000}
+    elif what == "one text":
+        path, body = COMPLETIONS, {"prompt": "word " * 2_000_000}
+    else:
+        path, body = COMPLETIONS, {"prompt": ["word " * 100] * 20_000}
+    asked = time.monotonic()
+    reply = server.post(path, body)
+    assert reply.status_code == 400
+    assert time.monotonic() - asked < 2.5
+    error = reply.json()["error"]
+    if what == "prompts":
+        assert error["param"] == "n" and "at most 2048" in error["message"]
+    else:
+        assert error["code"] == "context_length_exceeded"
+        assert "maximum context length is 8192 tokens" in error["message"]
+
+
+def test_a_grammar_that_is_too_long_is_refused(server: Server):
+    body = {"text": "hi", "sampling_params": {"regex": "a" * 200_000}}
+    check_error(server.post("/generate", body), 400, "regex", "more than 131072 characters")
 
 
 def check_error(response: requests.Response, status: int, param: str | None, part: str) -> None:

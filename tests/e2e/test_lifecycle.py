@@ -62,6 +62,27 @@ def test_a_killed_process_ends_the_server_with_its_cause(child, when):
 
 
 @pytest.mark.alone
+def test_a_detokenizer_that_hangs_ends_the_server_with_its_cause():
+    server = Server().wait_ready()
+    server.children()["detokenizer"].send_signal(signal.SIGSTOP)
+    assert server.process.wait(timeout=20) == 1
+    last = server.stderr().strip().splitlines()[-1]
+    assert last == "error: detokenizer hangs: no sign of life"
+    assert folders(server.process.pid) == []
+
+
+@pytest.mark.alone
+def test_a_terminal_that_closes_ends_the_server_cleanly():
+    server = Server().wait_ready()
+    children = server.children()
+    for process in children.values():
+        process.send_signal(signal.SIGHUP)
+    assert server.stop(signal.SIGHUP) == 0
+    assert not any(process.is_running() for process in children.values())
+    assert folders(server.process.pid) == []
+
+
+@pytest.mark.alone
 def test_a_killed_launcher_leaves_no_process():
     server = Server().wait_ready()
     children = server.children()
@@ -144,6 +165,7 @@ def test_a_second_ctrl_c_does_not_wait_for_running_requests():
         assert time.monotonic() - asked < 1
     for process in children.values():
         process.wait(timeout=2)
+    assert folders(server.process.pid) == []
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.2, 0.4])  # the launcher imports meanwhile
@@ -169,6 +191,21 @@ def test_a_port_in_use_is_said_before_any_weight_is_loaded():
         run = launch("--port", str(port))
     assert run.returncode == 1
     assert run.stderr == f"error: cannot listen on 127.0.0.1:{port}: Address already in use\n"
+
+
+def test_of_two_servers_that_start_on_one_port_one_says_that_it_is_in_use():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    servers = [Server("--port", port) for _ in range(2)]  # both bind, before either listens
+    while all(server.process.poll() is None for server in servers):
+        time.sleep(0.05)
+    loser, winner = sorted(servers, key=lambda server: server.process.poll() is None)
+    assert loser.process.returncode == 1
+    last = loser.stderr().strip().splitlines()[-1]
+    assert last == f"error: cannot listen on 127.0.0.1:{port}: Address already in use"
+    assert winner.wait_ready().get("/health").ok
+    assert winner.stop() == 0
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,9 @@ def test_what_is_wrong_with_a_profile_is_said(server: Server):
     for field, value in (("output_dir", "/not/there"), ("num_steps", 5)):
         error = server.post("/start_profile", {field: value}).json()["error"]
         assert error["param"] == field
+    assert server.post("/start_profile", {"output_dir": "/proc"}).ok
+    reply = server.post("/stop_profile", {})
+    assert reply.status_code == 400 and "/proc/nano-sglang" in reply.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("depth", [1, 2])
