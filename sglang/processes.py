@@ -54,8 +54,8 @@ _SPIN_COUNT = "5000"
 from one product to the next. By default it spins for milliseconds, which takes the core from the
 thread that it waits for: beside another busy process a step then takes twice as long."""
 _PRIMITIVES = "64"
-"""Products that oneDNN keeps code for, on a CPU. Each number of tokens has its own: after prompts of
-177 lengths a worker was 730 MB larger with 1024, the default, and is 360 MB, at the same speed."""
+"""Products that oneDNN keeps code for, on a CPU. Each number of tokens has its own: prompts of 177
+lengths made a worker 730 MB larger with 1024, the default; now it is 360 MB, at the same speed."""
 _BOOT = "from sglang.processes import child_main; child_main()"
 _BEAT = b"."  # a pickled report begins with another byte
 _report_fd = -1  # in a child: its pipe
