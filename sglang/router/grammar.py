@@ -70,7 +70,10 @@ class _Matcher(Grammar):
             if forced:
                 matcher.consume_tokens(forced)
         self.is_complete = matcher.is_stopped()
-        self.failed = matcher.is_error()
+        if matcher.is_error():
+            self.failed = True
+            cause = " ".join(matcher.get_error().split())[:300]
+            logger.warning("a request ends before its time: its grammar cannot go on: %s", cause)
         if not self.is_complete:
             self._mask = matcher.compute_bitmask()
         return forced

@@ -143,6 +143,15 @@ def test_requests_do_not_share_how_far_their_grammars_have_come(grammars):
     assert (other.mask() == before).all()
 
 
+def test_a_grammar_that_is_given_up_says_why(grammars, tokenizer, caplog):
+    grammars.submit(request(regex="(a?){3000}a{3000}"))
+    ((_, grammar),) = wait(grammars)
+    a = tokenizer.encode("a", False)[0]
+    while grammar is not None and not grammar.failed and not grammar.is_complete:
+        grammar.accept(a, 0)
+    assert grammar is None or "its grammar cannot go on: " in caplog.text
+
+
 def test_a_grammar_is_compiled_once(grammars):
     make(grammars, "regex")
     count = grammars.num_compiled
