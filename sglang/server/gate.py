@@ -33,7 +33,7 @@ class Gate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        start, status = time.monotonic(), 500
+        start, status = time.monotonic(), 0
         headers = dict(scope["headers"])
         id = headers.get(b"x-request-id", b"")[:128] or uuid.uuid4().hex.encode()
         request_id.set(id.decode("latin-1"))
@@ -56,11 +56,15 @@ class Gate:
                 await asyncio.sleep(0)
         try:
             await app(scope, self._counted(receive), send_with_id)
+        except asyncio.CancelledError:  # the server ends, and has waited long enough
+            if not status:
+                late = error_response("the server is shutting down", 503)
+                await late(scope, receive, send_with_id)
         finally:
             if access_log.isEnabledFor(logging.INFO):
                 client = ":".join(map(str, scope.get("client") or ()))
                 seconds = time.monotonic() - start
-                line = (client, scope["method"], scope["path"], status, seconds)
+                line = (client, scope["method"], scope["path"], status or 500, seconds)
                 access_log.info("%s %s %s %d %.3f s", *line)
 
     def _too_long(self) -> str:

@@ -83,6 +83,22 @@ def test_a_terminal_that_closes_ends_the_server_cleanly():
 
 
 @pytest.mark.alone
+def test_a_body_that_does_not_come_gets_an_answer_when_the_server_ends():
+    server = Server("--shutdown-timeout", "0.1").wait_ready()
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as client:
+        head = f"POST /generate HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+        client.sendall(f"{head}Content-Length: 100\r\n\r\n{{".encode())
+        time.sleep(0.5)
+        server.process.send_signal(signal.SIGTERM)
+        client.settimeout(15)
+        reply = b"".join(iter(lambda: client.recv(4096), b"")).decode()
+    assert reply.startswith("HTTP/1.1 503 ") and "the server is shutting down" in reply
+    assert server.process.wait(timeout=5) == 0
+    assert "Traceback" not in server.stderr()
+
+
+@pytest.mark.alone
 def test_a_killed_launcher_leaves_no_process():
     server = Server().wait_ready()
     children = server.children()
