@@ -185,9 +185,9 @@ class Ending:
         self.exit_code = 0
         self._is_asked = False
         self._future: asyncio.Future[None] | None = None
-        for signum in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-            if signal.getsignal(signum) != signal.SIG_IGN:  # as nohup does
-                signal.signal(signum, self._on_signal)
+        under_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        for signum in (signal.SIGTERM, signal.SIGINT, *([] if under_nohup else [signal.SIGHUP])):
+            signal.signal(signum, self._on_signal)
 
     def asked(self) -> asyncio.Future[None]:
         """Of the running event loop; done when an end is asked for."""

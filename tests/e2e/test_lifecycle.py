@@ -72,6 +72,9 @@ def test_a_detokenizer_that_hangs_ends_the_server_with_its_cause():
 
 
 @pytest.mark.alone
+@pytest.mark.skipif(
+    signal.getsignal(signal.SIGHUP) == signal.SIG_IGN, reason="nohup: it is to be ignored"
+)
 def test_a_terminal_that_closes_ends_the_server_cleanly():
     server = Server().wait_ready()
     children = server.children()

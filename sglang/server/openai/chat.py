@@ -246,7 +246,7 @@ def _render(service: Service, request: ChatRequest) -> str:
         message = f"chat_template_kwargs must not hold {own[0]}, which the request has itself"
         raise ApiError(message, "chat_template_kwargs")
     try:
-        chars = sum(len(message["content"] or "") for message in messages)
+        chars = sum(len(message.get("content") or "") for message in messages)
         service.check_can_fit(chars, least_tokens=len(messages))
         prompt = service.need_tokenizer().render_chat(
             messages,
