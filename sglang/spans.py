@@ -19,6 +19,8 @@ from sglang.messages import StartProfile, StopProfile
 
 CAPACITY = 1 << 16
 """Spans of a lane that are kept: the last ones."""
+WRITE_SECONDS = 20.0
+"""In which router and workers have written what they noted."""
 Span = tuple[str, int, int, int]
 """What for, start and end in nanoseconds, step (-1: of none)."""
 now = time.perf_counter_ns
@@ -110,6 +112,7 @@ class Profile:
     def __init__(self, folder: str) -> None:
         self._folder = Path(folder)
         self.is_on = False
+        self._until = 0.0
 
     def start(self) -> StartProfile:
         """Raises ValueError if one is being taken."""
@@ -125,11 +128,16 @@ class Profile:
         if not self.is_on:
             raise ValueError("no profile is being taken: start one first")
         self.is_on = False
+        self._until = time.monotonic() + WRITE_SECONDS
         return StopProfile()
 
     def is_written(self, num_workers: int) -> bool:
-        """By router and workers, all of them."""
-        return len(list(self._folder.glob("*.spans"))) == 1 + num_workers
+        """By router and workers, all of them. Raises OSError if it should have been by now."""
+        if len(list(self._folder.glob("*.spans"))) == 1 + num_workers:
+            return True
+        if time.monotonic() > self._until:
+            raise OSError("router or workers have not written their parts of the profile")
+        return False
 
     def join(self, path: Path) -> Path:
         """Puts the trace there; a folder gets a file with a name of its own."""

@@ -185,7 +185,7 @@ class LLM:
 
     def stop_profile(self, path: str = ".") -> str:
         """Writes what was done since `start_profile`, for https://ui.perfetto.dev, into this file,
-        or into a new one in this folder; returns its path."""
+        or into a new one in this folder; returns its path. Raises OSError if it cannot be."""
         with self._lock:
             self._check_alive()
             self._router.send(encode(self._profile.stop()))

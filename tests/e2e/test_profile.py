@@ -8,6 +8,7 @@ from itertools import pairwise
 import pytest
 
 import sglang
+from sglang import spans
 from tests.e2e.serving import Server
 
 
@@ -62,6 +63,16 @@ def test_what_is_wrong_with_a_profile_is_said(server: Server):
     assert server.post("/start_profile", {"output_dir": "/proc"}).ok
     reply = server.post("/stop_profile", {})
     assert reply.status_code == 400 and "/proc/nano-sglang" in reply.json()["error"]["message"]
+
+
+def test_parts_that_are_never_written_are_not_waited_for(tmp_path, monkeypatch):
+    """As on a full disk."""
+    monkeypatch.setattr(spans, "WRITE_SECONDS", 0.0)
+    profile = spans.Profile(str(tmp_path))
+    profile.start()
+    profile.stop()
+    with pytest.raises(OSError, match="have not written their parts"):
+        profile.is_written(1)
 
 
 @pytest.mark.parametrize("depth", [1, 2])

@@ -245,9 +245,9 @@ def _render(service: Service, request: ChatRequest) -> str:
     if own:
         message = f"chat_template_kwargs must not hold {own[0]}, which the request has itself"
         raise ApiError(message, "chat_template_kwargs")
+    chars = sum(len(message["content"]) for message in messages)
+    service.check_can_fit(chars, least_tokens=len(messages))
     try:
-        chars = sum(len(message.get("content") or "") for message in messages)
-        service.check_can_fit(chars, least_tokens=len(messages))
         prompt = service.need_tokenizer().render_chat(
             messages,
             tools=[tool.model_dump(exclude_none=True) for tool in request.usable_tools] or None,
