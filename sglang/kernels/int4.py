@@ -25,7 +25,6 @@ from sglang.kernels.int4_weight import (
     dequantize_int4_naive,
     dequantize_words,
     scale_and_zero,
-    unpack_nibbles,
 )
 from sglang.kernels.launch import launch_next, pdl, wait_for_previous
 from sglang.kernels.linear import linear
@@ -106,7 +105,7 @@ def _ended(acc, ASM: tl.constexpr):
 @triton.jit(do_not_specialize=["num_tokens"])
 def _dot_kernel(
     x,  # a descriptor of [T, K], tiles of [BLOCK_M, BLOCK_K]
-    words_ptr,  # int16 [N, K / 4]
+    words_ptr,  # int32 [N, K / 8]
     scales_ptr,
     bias_ptr,
     out_ptr,  # [T, N]
@@ -127,8 +126,8 @@ def _dot_kernel(
 ):
     launch_next(PDL)
     wait_for_previous(PDL)
-    ROW = (K + 63) // 64 * 16  # words
-    steps = (ROW * 4 + BLOCK_K - 1) // BLOCK_K
+    ROW = (K + 63) // 64 * 8  # words
+    steps = (ROW * 8 + BLOCK_K - 1) // BLOCK_K
     each = (steps + SPLITS - 1) // SPLITS
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
     tiles_m = (num_tokens + BLOCK_M - 1) // BLOCK_M
@@ -139,18 +138,18 @@ def _dot_kernel(
     # copy engine more than others, and those that two tiles compute come out the same.
     first_m = tl.minimum(tile_m * BLOCK_M, tl.maximum(num_tokens - BLOCK_M, 0))
     safe_n = tl.where(n < N, n, 0)
-    word_ptrs = words_ptr + safe_n.to(tl.int64)[:, None] * ROW + tl.arange(0, BLOCK_K // 4)[None, :]
+    word_ptrs = words_ptr + safe_n.to(tl.int64)[:, None] * ROW + tl.arange(0, BLOCK_K // 8)[None, :]
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for step in tl.range(split * each, min(split * each + each, steps), num_stages=NUM_STAGES):
         k0 = step * BLOCK_K
-        words = tl.load(word_ptrs + k0 // 4)
+        words = tl.load(word_ptrs + k0 // 8)
         inputs = x.load([first_m, k0])  # zeros behind the last token and the last input
         scales = tl.load(scales_ptr + k0 // GROUP * N + safe_n)
         high_scales = scales
         if GROUP % BLOCK_K:  # a block's low nibbles may be one group's, its high ones the next's
             group = tl.minimum((k0 + 32) // GROUP, (K - 1) // GROUP)
             high_scales = tl.load(scales_ptr + group * N + safe_n)
-        weights = dequantize_words(words, scales, high_scales, DTYPE, ASM)
+        weights = dequantize_words(words, scales[:, None], high_scales[:, None], True, DTYPE, ASM)
         acc = _ended(tl.dot(weights, inputs.T, acc), ASM)
 
     m = first_m + tl.arange(0, BLOCK_M)
@@ -202,7 +201,7 @@ def int4_dot_triton(
     partial, arrived = split_k_workspace(config.splits, num_tokens, n, x.device)
     _dot_kernel[(tiles, config.splits)](
         TensorDescriptor(x, list(x.shape), list(x.stride()), [config.block_m, block_k]),
-        w.packed.view(torch.int16), w.scales, bias, out, partial, arrived, num_tokens,
+        w.packed.view(torch.int32), w.scales, bias, out, partial, arrived, num_tokens,
         N=n,
         K=w.num_inputs,
         GROUP=w.group_size,
@@ -223,8 +222,15 @@ def int4_dot_triton(
 
 
 @triton.jit
+def _each(scales, COUNT: tl.constexpr):
+    """[BLOCK_N, BLOCKS] -> [BLOCK_N, COUNT BLOCKS], each so many times."""
+    repeated = tl.broadcast_to(scales[:, :, None], (scales.shape[0], scales.shape[1], COUNT))
+    return repeated.reshape(scales.shape[0], scales.shape[1] * COUNT)
+
+
+@triton.jit
 def _dequantize_kernel(
-    packed_ptr,
+    words_ptr,  # int32 [N, K / 8]
     scales_ptr,
     out_ptr,  # [N, K]
     N,
@@ -234,29 +240,22 @@ def _dequantize_kernel(
     BLOCK_N: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    ROW = (K + 63) // 64 * 32
+    ROW = (K + 63) // 64 * 8  # words
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
+    first = tl.program_id(1) * BLOCKS
+    row = n.to(tl.int64)[:, None]
     in_n = n < N
-    j = tl.arange(0, 32)[None, :]
-    k = (block[:, None] * 64 + j)[None, :, :]
-    row = n.to(tl.int64)[:, None, None]
-    mask = in_n[:, None, None] & (k < K)
-    packed = tl.load(packed_ptr + row * ROW + (block[:, None] * 32 + j)[None, :, :], mask=mask)
-    group = tl.minimum(block * 64 // GROUP, (K - 1) // GROUP)
-    at = group[None, :] * N + n[:, None]
-    scale, zero = scale_and_zero(tl.load(scales_ptr + at, mask=in_n[:, None], other=0))
-    group = tl.minimum((block * 64 + 32) // GROUP, (K - 1) // GROUP)
-    at = group[None, :] * N + n[:, None]
-    high_scale, high_zero = scale_and_zero(tl.load(scales_ptr + at, mask=in_n[:, None], other=0))
-    zero = tl.broadcast_to(zero[:, :, None], (BLOCK_N, BLOCKS, 32))
-    high_zero = tl.broadcast_to(high_zero[:, :, None], (BLOCK_N, BLOCKS, 32))
-    low, high = unpack_nibbles(packed, zero, high_zero, DTYPE, ASM)
-    low = (low.to(tl.float32) * scale[:, :, None]).to(DTYPE)
-    high = (high.to(tl.float32) * high_scale[:, :, None]).to(DTYPE)
-    tl.store(out_ptr + row * K + k, low, mask=mask)
-    tl.store(out_ptr + row * K + k + 32, high, mask=in_n[:, None, None] & (k + 32 < K))
+    word = first * 8 + tl.arange(0, BLOCKS * 8)[None, :]
+    words = tl.load(words_ptr + row * ROW + word, mask=in_n[:, None] & (word < ROW), other=0)
+    half = (first * 64 + tl.arange(0, 2 * BLOCKS) * 32)[None, :]
+    group = tl.minimum(half // GROUP, (K - 1) // GROUP)
+    scales = tl.load(scales_ptr + group * N + n[:, None], mask=in_n[:, None], other=0)
+    low, high = tl.split(scales.reshape(BLOCK_N, BLOCKS, 2))
+    exact = dequantize_words(words, _each(low, 8), _each(high, 8), False, DTYPE, ASM)
+    weights = exact.to(tl.float32) * _each(scale_and_zero(scales)[0], 32)
+    k = first * 64 + tl.arange(0, 64 * BLOCKS)[None, :]
+    tl.store(out_ptr + row * K + k, weights.to(DTYPE), mask=in_n[:, None] & (k < K))
 
 
 def dequantize_int4_triton(
@@ -266,7 +265,7 @@ def dequantize_int4_triton(
     out = torch.empty(n, k, dtype=dtype, device=w.packed.device)
     grid = (triton.cdiv(n, block_n), triton.cdiv(triton.cdiv(k, BLOCK), blocks))
     _dequantize_kernel[grid](
-        w.packed, w.scales, out,
+        w.packed.view(torch.int32), w.scales, out,
         N=n, K=k, GROUP=w.group_size, ASM=not isinstance(_dequantize_kernel, InterpretedFunction),
         BLOCK_N=block_n, BLOCKS=blocks, num_warps=num_warps,
     )  # fmt: skip

@@ -77,38 +77,45 @@ CONSTRAINTS = tl.constexpr(",".join(["=&f"] * 8 + ["r"] * 6 + ["f"] * 8))
 
 
 @triton.jit
-def _eight(x):
-    """[C, 8] -> eight tensors [C]."""
-    first, second = tl.split(x.reshape(x.shape[0], 2, 4).permute(0, 2, 1))
-    return columns(first) + columns(second)
-
-
-@triton.jit
-def _pairs(x):
-    """16-bit [C, 8] -> int32 [C] four times: the inputs 0 2, 1 3, 4 6 and 5 7."""
-    bits = x.to(tl.uint16, bitcast=True).to(tl.uint32).reshape(x.shape[0], 2, 2, 2)
-    first, second = tl.split(bits.permute(0, 1, 3, 2))
-    pairs = (first | second << 16).to(tl.int32, bitcast=True)
-    return columns(pairs.reshape(x.shape[0], 4))
+def _sixteen(t):
+    """[C, 16] -> 16 tensors [C], in order."""
+    left, right = tl.split(t.reshape(t.shape[0], 2, 8).permute(0, 2, 1))
+    a, b = tl.split(left.reshape(t.shape[0], 2, 4).permute(0, 2, 1))
+    c, d = tl.split(right.reshape(t.shape[0], 2, 4).permute(0, 2, 1))
+    return columns(a) + columns(b) + columns(c) + columns(d)
 
 
 @triton.jit
 def prepare(x, norm_scale, UNIT: tl.constexpr, DTYPE: tl.constexpr, TENSOR: tl.constexpr):
-    """Inputs of chunks, from _load_inputs [C, 8] four times -> (sums of those of the low nibbles,
-    of the high ones [C], all of them as _dots wants them)."""
-    low = 0.0
-    high = 0.0
-    made = ()
-    for i in tl.static_range(4):
-        part = x[i] * norm_scale
-        if TENSOR:
-            part = part.to(DTYPE)
-        if i < 2:
-            low += tl.sum(part.to(tl.float32), 1)
-        else:
-            high += tl.sum(part.to(tl.float32), 1)
-        made += _pairs(part) if TENSOR else _eight(part)
+    """Inputs, float32 [32 C] -> (sums of those of a chunk's low nibbles, of its high ones [C], all
+    of them as _dots wants them)."""
+    C: tl.constexpr = x.shape[0] // 32
+    part = x * norm_scale
+    if TENSOR:
+        part = part.to(DTYPE)
+    part = part.reshape(C // 2, 2, 2, 2, 2, 2, 2).permute(0, 4, 1, 5, 2, 3, 6)
+    if TENSOR:
+        bits = part.to(tl.uint16, bitcast=True).to(tl.uint32)
+        first, second = tl.split(bits)
+        pairs = (first | second << 16).to(tl.int32, bitcast=True).reshape(C, 16)
+        made = _sixteen(pairs)
+        low = 0.0
+        high = 0.0
+        for i in tl.static_range(8):
+            low += _sum_of_pair(made[i], DTYPE)
+            high += _sum_of_pair(made[i + 8], DTYPE)
+    else:
+        low, high = tl.split(tl.sum(part.reshape(C, 2, 16), 2))
+        a, b = tl.split(part.reshape(C, 2, 16).permute(0, 2, 1))
+        made = _sixteen(a) + _sixteen(b)
     return low * UNIT, high * UNIT, made
+
+
+@triton.jit
+def _sum_of_pair(pair, DTYPE: tl.constexpr):
+    first = pair.to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
+    second = (pair >> 16).to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
+    return first + second
 
 
 @triton.jit
@@ -131,8 +138,9 @@ def _dot_naive(words, x):
     high = 0.0
     for i in tl.static_range(16):
         byte = words[i // 4] >> i % 4 * 8
-        low += (byte & 15).to(tl.float32) * x[i]
-        high += (byte >> 4 & 15).to(tl.float32) * x[16 + i]
+        at = i // 4 * 4 + i % 2 * 2 + i % 4 // 2  # among the inputs of low nibbles
+        low += (byte & 15).to(tl.float32) * x[at]
+        high += (byte >> 4 & 15).to(tl.float32) * x[16 + at]
     return low, high
 
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
@@ -40,14 +41,22 @@ _LOAD_WORDS = gl.constexpr("""{
 setp.ne.b32 there, $5, 0;
 @there ld.global.nc.L1::no_allocate.v4.b32 {$0, $1, $2, $3}, [$4];
 }""")
-# Inputs of the bytes 0 2, 1 3, 4 6 and 5 7.
-_LOAD_INPUTS = gl.constexpr("""{
-.reg .b32 a, b, c, d;
-ld.global.v4.b32 {a, b, c, d}, [$4];
-prmt.b32 $0, a, b, 0x5410;
-prmt.b32 $1, a, b, 0x7632;
-prmt.b32 $2, c, d, 0x5410;
-prmt.b32 $3, c, d, 0x7632;
+_LOAD_INPUTS = gl.constexpr("ld.global.v4.b32 {$0, $1, $2, $3}, [$4];")
+# Chunks that are neighbours in a block have each two of four pairs in a row, of all 32 inputs. So
+# of two rows of pairs each lane loads one, $4 .. $7, and has $0 .. $3 when they have exchanged two:
+# its pairs of the first lane's row, and those of the second one's. $8: which of them it is.
+_EXCHANGE = gl.constexpr("""{
+.reg .pred second;
+.reg .b32 a, b;
+setp.ne.b32 second, $8, 0;
+selp.b32 a, $4, $6, second;
+selp.b32 b, $5, $7, second;
+shfl.sync.bfly.b32 a, a, 1, 31, -1;
+shfl.sync.bfly.b32 b, b, 1, 31, -1;
+selp.b32 $0, a, $4, second;
+selp.b32 $1, b, $5, second;
+selp.b32 $2, $6, a, second;
+selp.b32 $3, $7, b, second;
 }""")
 
 
@@ -103,11 +112,38 @@ def _load_eight(pointers):
 
 @gluon.jit
 def _load_inputs(start, part: gl.constexpr, lane, K: gl.constexpr):
-    """Pairs as int4_dots.py has them, int32 [C] 16 times. Behind the last step any will do."""
+    """Four rows of pairs, int32 [C] 16 times: eight inputs and the next eight, in either half of a
+    block. Behind the last step any will do."""
     at = start + part * WARPS * STEP
     if (part + 1) * WARPS > K // STEP:
         at = gl.where(part * WARPS + lane // 32 < K // STEP, at, start)
     return _load_eight(at) + _load_eight(at + 8) + _load_eight(at + 32) + _load_eight(at + 40)
+
+
+@gluon.jit
+def _exchanged(row, lane):
+    return gl.inline_asm_elementwise(
+        _EXCHANGE,
+        "=&r,=&r,=&r,=&r,r,r,r,r,r",
+        row + (lane % 2,),  # noqa: RUF005 (for Triton)
+        dtype=(gl.int32,) * 4,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
+def _of_words(row, next_row, lane):
+    """What the words of a chunk are multiplied with, one by one, in one half of a block."""
+    a, b = _exchanged(row, lane), _exchanged(next_row, lane)
+    return a[0], b[0], a[2], b[2], a[1], b[1], a[3], b[3]
+
+
+@gluon.jit
+def _of_chunk(rows, lane):
+    """Pairs as int4_dots.py has them, int32 [C] 16 times."""
+    low = _of_words(rows[0:4], rows[4:8], lane)
+    return low + _of_words(rows[8:12], rows[12:16], lane)
 
 
 # --- multiplying ---------------------------------------------------------------------------------
@@ -261,11 +297,14 @@ def _int4_few_kernel(
     token = gl.minimum(lane % 32 // 4, num_tokens - 1)  # what is not there repeats what is
     warp = gl.minimum(lane // 32, K // STEP - 1)
     x = x_ptr + (token * x_stride + warp * STEP + lane % 4 // 2 * 64 + lane % 2 * 16)
+    loaded = (_load_inputs(x, 0, lane, K),)
     if KEEPS:
+        for p in gl.static_range(1, PARTS):
+            loaded += (_load_inputs(x, p, lane, K),)
         inputs = ()
         totals = ()
         for p in gl.static_range(PARTS):
-            inputs += (_load_inputs(x, p, lane, K),)
+            inputs += (_of_chunk(loaded[p], lane),)
             totals += (_totals(inputs[p], zero, UNIT, IS_HALF),)
         for tile in range(first, tiles, gl.num_programs(0)):
             after = tile + gl.num_programs(0)
@@ -274,17 +313,19 @@ def _int4_few_kernel(
             for p in gl.static_range(PARTS):
                 acc = _add_step(acc, weights[p], inputs[p], totals[p], zero, IS_HALF)
                 if p + AHEAD < PARTS:
-                    loaded = _load_weights(start, tile, p + AHEAD, yes, lane, K, GROUP, ROWS)
+                    more = _load_weights(start, tile, p + AHEAD, yes, lane, K, GROUP, ROWS)
                 else:
                     part = p + AHEAD - PARTS
-                    loaded = _load_weights(start, after, part, is_there, lane, K, GROUP, ROWS)
-                weights += (loaded,)
+                    more = _load_weights(start, after, part, is_there, lane, K, GROUP, ROWS)
+                weights += (more,)
             weights = weights[PARTS:]
             _store(acc, tile, bias_ptr, out_ptr, num_tokens, n, ADDS, UNIT)
     else:
         acc = none
         for p in gl.static_range(PARTS):
-            inputs = _load_inputs(x, p, lane, K)
+            inputs = _of_chunk(loaded[p], lane)
+            if p + 1 < PARTS:
+                loaded += (_load_inputs(x, p + 1, lane, K),)
             if p + AHEAD < PARTS:
                 weights += (_load_weights(start, first, p + AHEAD, yes, lane, K, GROUP, ROWS),)
             totals = _totals(inputs, zero, UNIT, IS_HALF)
@@ -334,6 +375,9 @@ def int4_few_linear(
         keeps = choose_mode(n, k, processors)
     rows = 16 if keeps else 32
     tiles = n // rows
+    parts = triton.cdiv(k, STEP.value * WARPS.value)
+    # The last one's may come with the inputs, if no other tile's are loaded then.
+    ahead = min(4, parts if keeps else max(parts - 1, 1))
 
     _int4_few_kernel[(min(tiles, processors) if keeps else tiles,)](
         x, w.packed.view(torch.int32), w.scales, bias, out, num_tokens, x.stride(0), n, tiles,
@@ -342,7 +386,7 @@ def int4_few_linear(
         ADDS=added is not None,
         KEEPS=keeps,
         ROWS=rows,
-        AHEAD=min(4, -(-k // (STEP.value * WARPS.value))),
+        AHEAD=ahead,
         num_warps=WARPS.value,
         maxnreg=255,  # with fewer, two programs would share a multiprocessor, and others have none
         launch_pdl=True,

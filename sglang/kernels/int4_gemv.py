@@ -5,7 +5,8 @@ for its weights before the kernel before it has ended. But here instructions are
 an H200 reads 4-bit weights so fast that it can spend three or four instructions on each. So tensor
 cores multiply, though there is but one token (int4_dots.py). As many programs as the GPU holds at a
 time share out the tiles of rows: each prepares its inputs once, and loads the next tile before it
-adds up the sums of this one.
+adds up the sums of this one. They are loaded side by side, whatever chunk they belong to: a load
+takes as long as it meets lines of the cache, and all programs of a multiprocessor load all inputs.
 """
 
 from __future__ import annotations
@@ -67,18 +68,17 @@ def choose_config(num_inputs: int, group_size: int) -> OneTokenConfig:
     if num_inputs <= 8192:
         num_warps = 2 if num_inputs <= 2048 else 4 if num_inputs <= 4096 else 8
         return OneTokenConfig(4, num_warps, per_sm=16 // num_warps)
-    if num_inputs <= 14336:
-        return OneTokenConfig(rows=2, num_warps=4, per_sm=3 if num_inputs < 12288 else 2)
+    if num_inputs <= 16384:
+        return OneTokenConfig(rows=2, num_warps=4 if num_inputs <= 12288 else 8, per_sm=2)
     return OneTokenConfig(rows=2 if num_inputs <= 32768 else 1, num_warps=8, per_sm=1)
 
 
 @triton.jit
 def _load_inputs(
-    x_ptr, residual_ptr, norm_ptr, sum_ptr, k, K: tl.constexpr, ADD: tl.constexpr,
-    NORM: tl.constexpr,
-):  # fmt: skip
-    """((x + residual) times the norm's weight, float32; squares of x + residual [C]) at k [C, 8].
-    The first program of a token stores x + residual."""
+    x_ptr, residual_ptr, sum_ptr, norm, k, K: tl.constexpr, ADD: tl.constexpr, NORM: tl.constexpr
+):
+    """((x + residual) times the norm's weight, squares of x + residual) at k, float32. The first
+    program of a token stores x + residual."""
     x = tl.load(x_ptr + k, mask=k < K, other=0.0)
     if ADD:
         total = x.to(tl.float32) + tl.load(residual_ptr + k, mask=k < K, other=0.0).to(tl.float32)
@@ -87,9 +87,9 @@ def _load_inputs(
         if tl.program_id(1) == 0:
             tl.store(sum_ptr + k, x, mask=k < K)
     x = x.to(tl.float32)
-    squares = tl.sum(x * x, 1)
+    squares = x * x
     if NORM:
-        x *= tl.load(norm_ptr + k, mask=k < K, other=0.0).to(tl.float32)
+        x *= norm.to(tl.float32)
     return x, squares
 
 
@@ -187,6 +187,10 @@ def _int4_gemv_kernel(
     UNIT: tl.constexpr = 2.0**-24 if TENSOR and tl.float16 == DTYPE else 1.0  # of all sums
     tile = tl.program_id(1)
     weights = _load_tile(words_ptr, scales_ptr, tile, N, K, GROUP, GATED, R, C, PARTS)
+    norms = ()
+    for i in tl.static_range(PARTS):
+        k = i * C * 32 + tl.arange(0, C * 32)
+        norms += (tl.load(norm_ptr + k, mask=k < K, other=0.0) if NORM else 1.0,)
     # Weights are never written: only what comes next depends on the kernels before.
     launch_next(PDL)
     wait_for_previous(PDL)
@@ -199,14 +203,10 @@ def _int4_gemv_kernel(
     loaded = ()
     squares = 0.0
     for i in tl.static_range(PARTS):
-        chunk = i * C + tl.arange(0, C)
-        k = (chunk // 2 * 64 + chunk % 2 * 16)[:, None] + tl.arange(0, 8)[None, :]
-        a, q = _load_inputs(x_ptr, residual_ptr, norm_ptr, sum_ptr, k, K, ADD, NORM)
-        b, r = _load_inputs(x_ptr, residual_ptr, norm_ptr, sum_ptr, k + 8, K, ADD, NORM)
-        c, s = _load_inputs(x_ptr, residual_ptr, norm_ptr, sum_ptr, k + 32, K, ADD, NORM)
-        d, t = _load_inputs(x_ptr, residual_ptr, norm_ptr, sum_ptr, k + 40, K, ADD, NORM)
-        loaded += ((a, b, c, d),)
-        squares += q + r + s + t
+        k = i * C * 32 + tl.arange(0, C * 32)
+        x, q = _load_inputs(x_ptr, residual_ptr, sum_ptr, norms[i], k, K, ADD, NORM)
+        loaded += (x,)
+        squares += q
     norm_scale = 1.0
     if NORM:
         norm_scale = tl.rsqrt(tl.sum(squares) / K + eps)

@@ -59,7 +59,7 @@ class Ring(NamedTuple):
     that multiplies. `ready` takes an arrival of each warp that loads, `free` one of each group."""
 
     inputs: gl.shared_memory_descriptor  # [stages, BLOCK_M, STEP]
-    words: gl.shared_memory_descriptor  # int16 [stages groups, OUTPUTS, STEP / 4]
+    words: gl.shared_memory_descriptor  # int32 [stages groups, OUTPUTS, STEP / 8]
     scales: gl.shared_memory_descriptor  # int32 [stages groups, scales of an output, OUTPUTS]
     ready: gl.shared_memory_descriptor
     free: gl.shared_memory_descriptor
@@ -81,7 +81,7 @@ def _load_weights(words, scales, ring, plan, GROUP: gl.constexpr, GROUPS: gl.con
             mbarrier.expect(ready, GROUPS * size)
             for group in gl.static_range(GROUPS):
                 slot, row = i * GROUPS + group, n + group * OUTPUTS
-                load_tile(words, [row, step * (STEP // 4)], ready, ring.words.index(slot))
+                load_tile(words, [row, step * (STEP // 8)], ready, ring.words.index(slot))
                 load_tile(scales, [step * STEP // GROUP, row], ready, ring.scales.index(slot))
             turn += 1
 
@@ -115,8 +115,8 @@ def _multiply(
             acc += gl.where(first == 0, bias, 0.0)[:, None]
         for _step in range(first, end):
             mbarrier.wait(ring.ready.index(i), parity)
-            words = ring.words.index(i * GROUPS + group).load(WORDS)
             scales = ring.scales.index(i * GROUPS + group).load(SCALES)
+            words = ring.words.index(i * GROUPS + group).load(WORDS)
             inputs = ring.inputs.index(i).permute((1, 0))
             weights = dequantize(words, scales, GROUP, not SCALE_SUMS, ring.inputs.dtype, WEIGHTS)
             if SCALE_SUMS:
@@ -138,7 +138,7 @@ def _multiply(
 @gluon.jit(do_not_specialize=["num_tokens", "steps", "part_steps", "rounds", "left"])
 def _int4_kernel(
     x,  # a descriptor of [T, K], tiles of [BLOCK_M, STEP]
-    words,  # int16 [N, K / 4], tiles of [OUTPUTS, STEP / 4]
+    words,  # int32 [N, K / 8], tiles of [OUTPUTS, STEP / 8]
     scales,  # int32 [K / GROUP, N], tiles of [STEP / GROUP, OUTPUTS]
     bias_ptr,
     out_ptr,  # [T, N]
@@ -241,7 +241,7 @@ def int4_hopper_linear(
 
     _int4_kernel[programs](
         tiles_of(x, [split.tile.block_m, STEP.value]),
-        tiles_of(w.packed.view(torch.int16), [OUTPUTS.value, STEP.value // 4], 64),
+        tiles_of(w.packed.view(torch.int32), [OUTPUTS.value, STEP.value // 8], 64),
         tiles_of(w.scales, [scales, OUTPUTS.value], 0),
         bias, out, sums, *plan,
         GROUP=w.group_size,

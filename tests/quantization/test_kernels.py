@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -32,7 +33,8 @@ def random_case(seed: int) -> tuple[Int4Weight, torch.dtype]:
     k = max(k, group)
     n = random.choice([16, 40, 64, 136])
     dtype = random.choice(DTYPES)
-    return random_int4(n, k, k if group == -1 else group), dtype
+    # Tensor cores get scales in a 16-bit type, in which a checkpoint has them.
+    return random_int4(n, k, k if group == -1 else group, torch.bfloat16), dtype
 
 
 def test_packing_is_undone_by_unpacking():
@@ -43,6 +45,16 @@ def test_packing_is_undone_by_unpacking():
         unpack_scales(pack_scales(scales, zeros)), (scales, zeros.float()), strict=True
     ):
         assert torch.equal(actual, expected)
+
+
+def test_a_word_has_what_a_lane_of_tensor_cores_wants():
+    q = torch.randint(0, 16, (3, 128))
+    words = pack_int4(q).view(torch.int32)
+    for block, c, t in itertools.product(range(2), range(4), range(2)):
+        i = 64 * block + 16 * t + 2 * c
+        for nibble, at in enumerate((0, 32, 8, 40, 1, 33, 9, 41)):
+            actual = words[:, 8 * block + 2 * c + t] >> 4 * nibble & 15
+            assert torch.equal(actual.long(), q[:, i + at])
 
 
 def random_surroundings(
