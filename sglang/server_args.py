@@ -40,7 +40,16 @@ class ServerArgs:
         None,
         "fp8, int8: round the weights at load; gguf: a GGUF file's weights as stored, as by "
         "default on a CPU, unless --dtype float32; others: what the checkpoint must be",
-        choices=("fp8", "int8", "gguf", "awq", "gptq", "compressed-tensors"),
+        choices=(
+            "fp8",
+            "int8",
+            "gguf",
+            "awq",
+            "gptq",
+            "compressed-tensors",
+            "fbgemm_fp8",
+            "modelopt",
+        ),
     )
     device: str = _flag("auto", "where the model runs", choices=("auto", "cuda", "cpu"))
     context_length: int | None = _flag(

@@ -5,12 +5,15 @@ scheme that cannot be served, a start ends before any process is started.
     AutoGPTQ, GPTQModel  quant_method "gptq"
     compressed-tensors   quant_method "compressed-tensors"; formats pack-, int- and float-quantized
     AutoFP8              quant_method "fp8"
+    FBGEMM               quant_method "fbgemm_fp8"
+    NVIDIA's ModelOpt    quant_method "modelopt"; FP8 with a scale for a tensor or for each output
 
 Scales for a KV cache in 8 bits, which some bring along, are not used.
 """
 
 from __future__ import annotations
 
+import fnmatch
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -18,15 +21,15 @@ from typing import Any
 AT_LOAD = ("fp8", "int8")
 """What --quantization can make of a checkpoint in floating point."""
 _SUPPORTED = (
-    "supported: awq (4 bits, gemm), gptq (4 and 8 bits), fp8, compressed-tensors "
-    "(4-bit pack-quantized, 8-bit int-quantized and float-quantized)"
+    "supported: awq (4 bits, gemm), gptq (4 and 8 bits), fp8, fbgemm_fp8, modelopt (FP8), "
+    "compressed-tensors (4-bit pack-quantized, 8-bit int-quantized and float-quantized)"
 )
 
 
 @dataclass(frozen=True)
 class Scheme:
     format: str
-    """Whose names and packing: "awq", "gptq", "compressed-tensors" or "fp8"."""
+    """Whose names and packing: a quant_method."""
     kind: str
     """"weights" (integers with scales for groups of inputs), "int8" or "fp8" (activations too)."""
     bits: int = 8
@@ -63,7 +66,8 @@ def _is_meant(name: str, by: str) -> bool:
 def parse_scheme(config: dict[str, Any]) -> Scheme:
     """config.json's quantization_config -> Scheme. Raises ValueError for what cannot be served."""
     readers = {
-        "awq": _awq, "gptq": _gptq, "compressed-tensors": _compressed_tensors, "fp8": _fp8
+        "awq": _awq, "gptq": _gptq, "compressed-tensors": _compressed_tensors, "fp8": _fp8,
+        "fbgemm_fp8": _fbgemm, "modelopt": _modelopt,
     }  # fmt: skip
     try:
         method = _method(config)
@@ -140,6 +144,20 @@ def _fp8(config: dict[str, Any]) -> Scheme:
     ignored = config.get("ignored_layers") or config.get("modules_to_not_convert") or ()
     block = _block(config.get("weight_block_size"))
     return Scheme("fp8", "fp8", per_tensor=not block, block=block, ignored=tuple(ignored))
+
+
+def _fbgemm(config: dict[str, Any]) -> Scheme:
+    return Scheme("fbgemm_fp8", "fp8", ignored=tuple(config.get("modules_to_not_convert") or ()))
+
+
+def _modelopt(config: dict[str, Any]) -> Scheme:
+    settings = config.get("quantization") or config
+    algorithm = str(settings.get("quant_algo")).upper()
+    if algorithm not in ("FP8", "FP8_PER_CHANNEL_PER_TOKEN"):
+        raise _unsupported(f"modelopt's {algorithm}")
+    names = settings.get("exclude_modules") or settings.get("ignore") or ()
+    ignored = (f"re:{fnmatch.translate(name)}" if "*" in name else name for name in names)
+    return Scheme("modelopt", "fp8", per_tensor=algorithm == "FP8", ignored=tuple(ignored))
 
 
 def _block(size: list[int] | None) -> tuple[int, int] | None:

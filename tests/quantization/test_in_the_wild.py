@@ -83,6 +83,11 @@ def change(folder: Path, edit) -> None:
         (packed(actorder="dynamic"), {"act_order": True}),
         (packed() | {"kv_cache_scheme": {"num_bits": 8}}, {"group_size": 64}),
         (eight_bits("float", "naive-quantized"), {"kind": "fp8"}),
+        ({"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0}, {"per_tensor": False}),
+        ({"quant_method": "modelopt", "quant_algo": "FP8", "config_groups": {}},
+         {"kind": "fp8", "per_tensor": True}),
+        ({"quant_method": "modelopt", "quantization": {"quant_algo": "fp8_per_channel_per_token"}},
+         {"kind": "fp8", "per_tensor": False}),
     ],
 )  # fmt: skip
 def test_settings_of_other_versions_and_tools(config, expected):
@@ -98,6 +103,10 @@ def test_settings_of_other_versions_and_tools(config, expected):
         (GPTQ | {"dynamic": {"-:.*down_proj": {}}}, "a.up_proj", "a.down_proj"),
         (GPTQ | {"modules_to_not_convert": ["down_proj"]}, "a.up_proj", "a.down_proj"),
         (packed() | {"ignore": ["re:.*mlp.*"]}, "a.q_proj", "a.mlp.up_proj lm_head"),
+        ({"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["a.1*", "a.2.up_proj"]},
+         "a.2.down_proj b.a.1.up_proj", "a.1.up_proj a.2.up_proj lm_head"),
+        ({"quant_method": "fbgemm_fp8", "modules_to_not_convert": ["a.1.up_proj"]},
+         "a.1.down_proj", "a.1.up_proj"),
     ],
 )  # fmt: skip
 def test_layers_that_are_left_out(config, covered, not_covered):
@@ -149,10 +158,49 @@ def test_settings_that_stand_elsewhere(where, tmp_path):
         quantize("int8", str(folder), str(tmp_path / "out"))
 
 
+def fp8_layer(per_tensor: bool):
+    def layer(rng, order_rng, n, k):
+        q = torch.from_numpy(rng.standard_normal((n, k)) * 100).to(torch.float8_e4m3fn)
+        shape = () if per_tensor else (n, 1)
+        scale = torch.from_numpy(rng.uniform(1e-3, 4e-3, shape)).float()
+        return {"weight": q, "weight_scale": scale}, q.float() * scale
+
+    return layer
+
+
+@pytest.mark.parametrize("tool", ["fbgemm_fp8", "modelopt", "modelopt in a file of its own"])
+def test_fp8_of_other_tools(tool, tmp_path):
+    def edit(tensors):
+        for name in [name for name in tensors if name.endswith("weight_scale")]:
+            tensors[name.replace("weight_scale", "input_scale")] = torch.ones(())
+        tensors["model.layers.0.self_attn.k_proj.k_scale"] = torch.ones(())
+
+    theirs, folder = tiny.make("Llama", **K_SIZES), tmp_path / "model"
+    write(folder, theirs, {"quant_method": tool}, fp8_layer(tool != "fbgemm_fp8"))
+    if tool != "fbgemm_fp8":
+        change(folder, edit)
+        settings = {"quantization": {"quant_algo": "FP8", "exclude_modules": ["lm_head"]}}
+        values = json.loads((folder / "config.json").read_text())
+        values["quantization_config"] |= settings
+        if tool != "modelopt":
+            del values["quantization_config"]
+            (folder / "hf_quant_config.json").write_text(json.dumps(settings))
+        (folder / "config.json").write_text(json.dumps(values))
+    ours, _ = tiny.load(folder, dtype="float32")
+    for mine, their in zip(ours.layers, theirs.model.layers, strict=True):
+        for fused, parts in (
+            (mine.self_attn.qkv_proj, [getattr(their.self_attn, f"{x}_proj") for x in "qkv"]),
+            (mine.self_attn.o_proj, [their.self_attn.o_proj]),
+            (mine.mlp.gate_up_proj, [their.mlp.gate_proj, their.mlp.up_proj]),
+        ):
+            weight = fused.weight.float() * fused.scales[:, None]
+            torch.testing.assert_close(weight, torch.cat([part.weight for part in parts]))
+
+
 def test_settings_of_a_tool_that_is_not_supported(tmp_path):
     tiny.make("Llama", **K_SIZES).save_pretrained(tmp_path)
-    (tmp_path / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "FP8"}}')
-    with pytest.raises(ValueError, match="the method modelopt, which is not supported"):
+    (tmp_path / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "NVFP4"}}')
+    with pytest.raises(ValueError, match="modelopt's NVFP4, which is not supported"):
         tiny.load(tmp_path)
 
 
