@@ -93,6 +93,7 @@ def prepare(x, norm_scale, UNIT: tl.constexpr, DTYPE: tl.constexpr, TENSOR: tl.c
     part = x * norm_scale
     if TENSOR:
         part = part.to(DTYPE)
+    # Blocks; halves, 16 inputs, eight; chunks, pairs, two -> chunks of pairs, word by word.
     part = part.reshape(C // 2, 2, 2, 2, 2, 2, 2).permute(0, 4, 1, 5, 2, 3, 6)
     if TENSOR:
         bits = part.to(tl.uint16, bitcast=True).to(tl.uint32)
