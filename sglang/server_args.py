@@ -234,7 +234,7 @@ _NOT_HERE = {
     "--revision": "download that revision, and name its folder as --model-path",
     "--skip-server-warmup": "leave it out: a server is ready when it says so",
     "--stream-interval": "leave it out: tokens are sent as they come",
-    "--watchdog-timeout": "leave it out: a process that hangs is always noticed",
+    "--watchdog-timeout": "leave it out: a process that stands still is always noticed",
 }
 """SGLang's flags that have no like here, and why."""
 

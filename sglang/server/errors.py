@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from sglang.server.limits import ContextOverflow
+from sglang.server.request_log import request_id
 
 logger = logging.getLogger(__name__)
 
@@ -113,4 +114,5 @@ def install_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def on_bug(request: Request, error: Exception) -> JSONResponse:
         logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
-        return error_response(f"internal error: {type(error).__name__}", 500)
+        headers = {"X-Request-Id": request_id.get()}  # this reply does not pass the gate
+        return error_response(f"internal error: {type(error).__name__}", 500, headers=headers)
