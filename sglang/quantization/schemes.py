@@ -76,7 +76,7 @@ def parse_scheme(config: dict[str, Any]) -> Scheme:
         scheme = readers[method](config)
         for each in (*scheme.targets, *scheme.ignored):
             _is_meant("", each)  # raises what is wrong with a pattern
-    except (AttributeError, KeyError, TypeError, re.error) as error:
+    except (AttributeError, KeyError, TypeError, re.error, OverflowError, RecursionError) as error:
         raise ValueError(
             f"cannot read the checkpoint's quantization_config: {type(error).__name__}: {error}"
         ) from None
@@ -95,6 +95,13 @@ def _method(config: dict[str, Any]) -> str:
     return "awq" if "w_bit" in config else "gptq" if "desc_act" in config else "none"
 
 
+def _names(given: Any) -> list[str]:
+    """Of layers. Raises TypeError if it is no list of names."""
+    if not isinstance(given or [], list) or not all(isinstance(name, str) for name in given or []):
+        raise TypeError(f"{given!r} is no list of names")
+    return given or []
+
+
 def _unsupported(what: str) -> ValueError:
     return ValueError(f"weights are quantized by {what}, which is not supported; {_SUPPORTED}")
 
@@ -108,7 +115,7 @@ def _awq(config: dict[str, Any]) -> Scheme:
     return Scheme(
         "awq", "weights", 4, _group_size(config, "group_size", "q_group_size"), symmetric=False,
         # AutoAWQ looks for them anywhere in a name.
-        ignored=tuple(f"re:.*{re.escape(n)}" for n in config.get("modules_to_not_convert") or ()),
+        ignored=tuple(f"re:.*{re.escape(n)}" for n in _names(config.get("modules_to_not_convert"))),
     )  # fmt: skip
 
 
@@ -121,7 +128,7 @@ def _gptq(config: dict[str, Any]) -> Scheme:
     bits = config.get("bits", 4)
     layout = config.get("checkpoint_format") or config.get("format") or "gptq"
     layout = "marlin" if config.get("is_marlin_format") else layout
-    if bits not in (4, 8):
+    if not isinstance(bits, int) or bits not in (4, 8):
         raise _unsupported(f"gptq with {bits!r} bits")
     if layout not in ("gptq", "gptq_v2"):
         raise _unsupported(f"gptq in the layout {layout}")
@@ -131,7 +138,7 @@ def _gptq(config: dict[str, Any]) -> Scheme:
     if any(not pattern.startswith("-:") for pattern in dynamic):
         raise _unsupported("gptq with settings that differ between layers (dynamic)")
     names = ("modules_in_block_to_exclude", "modules_to_not_convert")
-    ignored = [each for name in names for each in config.get(name) or ()]
+    ignored = [each for name in names for each in _names(config.get(name))]
     # The first version stores a zero point less one, of symmetric weights too.
     return Scheme(
         "gptq", "weights", bits, _group_size(config, "group_size"), symmetric=False,
@@ -141,22 +148,24 @@ def _gptq(config: dict[str, Any]) -> Scheme:
 
 
 def _fp8(config: dict[str, Any]) -> Scheme:
-    ignored = config.get("ignored_layers") or config.get("modules_to_not_convert") or ()
+    ignored = _names(config.get("ignored_layers") or config.get("modules_to_not_convert"))
     block = _block(config.get("weight_block_size"))
     return Scheme("fp8", "fp8", per_tensor=not block, block=block, ignored=tuple(ignored))
 
 
 def _fbgemm(config: dict[str, Any]) -> Scheme:
-    return Scheme("fbgemm_fp8", "fp8", ignored=tuple(config.get("modules_to_not_convert") or ()))
+    return Scheme("fbgemm_fp8", "fp8", ignored=tuple(_names(config.get("modules_to_not_convert"))))
 
 
 def _modelopt(config: dict[str, Any]) -> Scheme:
     settings = config.get("quantization") or config
-    algorithm = str(settings.get("quant_algo")).upper()
+    if settings.get("quant_algo") is None:  # nothing but a KV cache
+        return Scheme("modelopt", "fp8", targets=())
+    algorithm = str(settings["quant_algo"]).upper()
     if algorithm not in ("FP8", "FP8_PER_CHANNEL_PER_TOKEN"):
         raise _unsupported(f"modelopt's {algorithm}")
-    names = settings.get("exclude_modules") or settings.get("ignore") or ()
-    ignored = (f"re:{fnmatch.translate(name)}" if "*" in name else name for name in names)
+    names = _names(settings.get("exclude_modules") or settings.get("ignore"))
+    ignored = (f"re:{fnmatch.translate(n)}" if set("*?[") & set(n) else n for n in names)
     return Scheme("modelopt", "fp8", per_tensor=algorithm == "FP8", ignored=tuple(ignored))
 
 
@@ -173,14 +182,14 @@ def _compressed_tensors(config: dict[str, Any]) -> Scheme:
         {key: value for key, value in group.items() if value is not None}
         for group in (config.get("config_groups") or {}).values()
     ]
-    targets = [target for group in groups for target in group.pop("targets", ())]
+    targets = [target for group in groups for target in _names(group.pop("targets", None))]
     if not groups or any(group != groups[0] for group in groups):
         raise _unsupported(f"compressed-tensors with {len(groups)} groups of layers")
     weights, inputs = groups[0].get("weights") or {}, groups[0].get("input_activations")
     bits, type = weights.get("num_bits"), weights.get("type", "int")
     strategy = weights.get("strategy") or ("group" if weights.get("group_size") else "tensor")
     layout = groups[0].get("format") or config.get("format")
-    layers: dict[str, Any] = {"ignored": tuple(config.get("ignore") or ())}
+    layers: dict[str, Any] = {"ignored": tuple(_names(config.get("ignore")))}
     if "Linear" not in targets:
         layers["targets"] = tuple(targets)
     found = f"compressed-tensors {layout}, {bits}-bit {type} weights by {strategy}"

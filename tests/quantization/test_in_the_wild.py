@@ -107,12 +107,33 @@ def test_settings_of_other_versions_and_tools(config, expected):
          "a.2.down_proj b.a.1.up_proj", "a.1.up_proj a.2.up_proj lm_head"),
         ({"quant_method": "fbgemm_fp8", "modules_to_not_convert": ["a.1.up_proj"]},
          "a.1.down_proj", "a.1.up_proj"),
+        ({"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["a.[1-3].up"]},
+         "a.4.up", "a.2.up"),
+        ({"quant_method": "modelopt", "quantization": {"kv_cache_quant_algo": "FP8"}},
+         "", "a.up_proj"),
     ],
 )  # fmt: skip
 def test_layers_that_are_left_out(config, covered, not_covered):
     scheme = parse_scheme(config)
     assert all(scheme.covers(name) for name in covered.split())
     assert not any(scheme.covers(name) for name in not_covered.split())
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"quant_method": "awq", "modules_to_not_convert": "lm_head"},
+        GPTQ | {"modules_in_block_to_exclude": [["up_proj"]]},
+        {"quant_method": "modelopt", "quant_algo": "FP8", "exclude_modules": "*lm_head*"},
+        {"quant_method": "fbgemm_fp8", "modules_to_not_convert": {"lm_head": True}},
+        packed() | {"ignore": "lm_head"},
+        packed() | {"ignore": ["re:a{99999999999}"]},
+        packed() | {"ignore": ["re:" + "(" * 1500 + ")" * 1500]},
+    ],
+)
+def test_what_is_no_list_of_names_is_refused(config):
+    with pytest.raises(ValueError, match="cannot read the checkpoint's quantization_config"):
+        parse_scheme(config)
 
 
 def test_layers_that_are_meant_by_pattern_and_by_several_equal_groups():
