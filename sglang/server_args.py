@@ -116,7 +116,7 @@ class ServerArgs:
         0.88, "part of the GPU's memory for weights and KV cache together"
     )
     max_total_tokens: int | None = _flag(
-        None, "KV slots (default: what mem-fraction-static leaves on a GPU, 32768 on a CPU)"
+        None, "KV slots (default: what mem-fraction-static leaves on a GPU, up to 32768 on a CPU)"
     )
     max_running_requests: int | None = _flag(
         None,
@@ -158,7 +158,7 @@ class ServerArgs:
         "auto: as the activations; fp8_e4m3: half the memory, on a GPU",
         choices=("auto", "fp8_e4m3"),
     )
-    disable_cuda_graph: bool = _flag(False, "launch every kernel of a decode step by itself")
+    disable_cuda_graph: bool = _flag(False, "launch every kernel of a step by itself")
     cuda_graph_max_bs: int | None = _flag(
         None, "largest batch with a CUDA graph (default: max-running-requests)"
     )
