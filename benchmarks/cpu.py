@@ -1,5 +1,5 @@
-"""The demo model on a CPU, beside transformers in one run, and beside llama.cpp where its Python
-package is installed (pip install llama-cpp-python): greedy, the same prompts.
+"""The demo model on a CPU, beside transformers and llama.cpp in one run: greedy, the same prompts.
+llama.cpp, where its Python package is installed (pip install llama-cpp-python).
 
     python benchmarks/cpu.py
 

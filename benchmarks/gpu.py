@@ -1,4 +1,4 @@
-"""Everything that wants a GPU, in one go: correctness first, then speed.
+"""Most of what wants a GPU, in one go: correctness first, then speed.
 
     python benchmarks/gpu.py results                     all parts, about half an hour
     python benchmarks/gpu.py results --only tests,agreement,qwen3-0.6b
