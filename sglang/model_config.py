@@ -322,7 +322,7 @@ def _of_quantizer(folder: Path) -> dict[str, Any] | None:
     """What older versions of AutoGPTQ and AutoAWQ, and NVIDIA's, say in files of their own."""
     for name in ("quantize_config.json", "quant_config.json", "hf_quant_config.json"):
         if values := _read_json(folder / name, required=False):
-            return values | {"quant_method": "modelopt"} if name.startswith("hf_") else values
+            return values
     return None
 
 

@@ -91,15 +91,17 @@ def _method(config: dict[str, Any]) -> str:
         return str(method).lower()
     if config.get("load_in_4bit") or config.get("load_in_8bit"):
         return "bitsandbytes"
-    # AutoAWQ and AutoGPTQ did not say it in files of their own.
-    return "awq" if "w_bit" in config else "gptq" if "desc_act" in config else "none"
+    # Some tools do not say it in files of their own.
+    told_by = {"w_bit": "awq", "desc_act": "gptq", "quantization": "modelopt"}
+    return next((method for key, method in told_by.items() if key in config), "none")
 
 
 def _names(given: Any) -> list[str]:
     """Of layers. Raises TypeError if it is no list of names."""
-    if not isinstance(given or [], list) or not all(isinstance(name, str) for name in given or []):
-        raise TypeError(f"{given!r} is no list of names")
-    return given or []
+    names = given or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"{names!r} is no list of names")
+    return names
 
 
 def _unsupported(what: str) -> ValueError:

@@ -91,10 +91,8 @@ class W8A8Linear(_EightBit):
             scale = StoredTensor(suffix, blocks, torch.float32, output_dim=0, input_dim=1)
         elif not self.scheme.per_tensor:
             scale = StoredTensor("weight_scale", (out_features, 1), torch.float32, output_dim=0)
-        elif self.scheme.format == "fp8":
-            scale = StoredTensor("weight_scale", (), torch.float32)
         else:
-            scale = StoredTensor("weight_scale", (1,), torch.float32)
+            scale = StoredTensor("weight_scale", (), torch.float32)
         return [weight, scale]
 
     def load(self, layer: Linear, checkpoint: Checkpoint) -> None:

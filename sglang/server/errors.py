@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,9 +11,6 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from sglang.server.limits import ContextOverflow
-from sglang.server.request_log import request_id
-
-logger = logging.getLogger(__name__)
 
 
 class ApiError(Exception):
@@ -110,9 +106,3 @@ def install_error_handlers(app: FastAPI) -> None:
         elif error.status_code == 405:
             message = f"{request.url.path} does not take {request.method}"
         return error_response(message, error.status_code, headers=dict(error.headers or {}))
-
-    @app.exception_handler(Exception)
-    async def on_bug(request: Request, error: Exception) -> JSONResponse:
-        logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
-        headers = {"X-Request-Id": request_id.get()}  # this reply does not pass the gate
-        return error_response(f"internal error: {type(error).__name__}", 500, headers=headers)

@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from sglang.server.errors import error_response
 from sglang.server.request_log import request_id
 
+logger = logging.getLogger(__name__)
 access_log = logging.getLogger("sglang.access")
 OPEN_PATHS = ("/health", "/health_generate")
 """They tell nothing, and those who watch a server have no key."""
@@ -60,6 +61,12 @@ class Gate:
             if not status:
                 late = error_response("the server is shutting down", 503)
                 await late(scope, receive, send_with_id)
+        except Exception as error:  # a bug of ours
+            logger.error("%s %s failed", scope["method"], scope["path"], exc_info=error)
+            if not status:
+                bug = error_response(f"internal error: {type(error).__name__}", 500)
+                await bug(scope, receive, send_with_id)
+            raise
         finally:
             if access_log.isEnabledFor(logging.INFO):
                 client = ":".join(map(str, scope.get("client") or ()))

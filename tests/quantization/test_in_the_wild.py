@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from sglang.quantization.schemes import parse_scheme
 from sglang.quantize import quantize
 from tests.models import tiny
-from tests.quantization.test_formats import K_SIZES, Integers, check, words, write
+from tests.quantization.test_formats import K_SIZES, Integers, blocks_layer, check, words, write
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 64, "desc_act": False}
 
@@ -179,25 +179,17 @@ def test_settings_that_stand_elsewhere(where, tmp_path):
         quantize("int8", str(folder), str(tmp_path / "out"))
 
 
-def fp8_layer(per_tensor: bool):
-    def layer(rng, order_rng, n, k):
-        q = torch.from_numpy(rng.standard_normal((n, k)) * 100).to(torch.float8_e4m3fn)
-        shape = () if per_tensor else (n, 1)
-        scale = torch.from_numpy(rng.uniform(1e-3, 4e-3, shape)).float()
-        return {"weight": q, "weight_scale": scale}, q.float() * scale
-
-    return layer
-
-
 @pytest.mark.parametrize("tool", ["fbgemm_fp8", "modelopt", "modelopt in a file of its own"])
 def test_fp8_of_other_tools(tool, tmp_path):
     def edit(tensors):
         for name in [name for name in tensors if name.endswith("weight_scale")]:
+            tensors[name] = tensors[name].view(())
             tensors[name.replace("weight_scale", "input_scale")] = torch.ones(())
         tensors["model.layers.0.self_attn.k_proj.k_scale"] = torch.ones(())
 
     theirs, folder = tiny.make("Llama", **K_SIZES), tmp_path / "model"
-    write(folder, theirs, {"quant_method": tool}, fp8_layer(tool != "fbgemm_fp8"))
+    outputs = 1 if tool == "fbgemm_fp8" else 512  # all, and all inputs
+    write(folder, theirs, {"quant_method": tool}, blocks_layer(outputs, 512, "weight_scale"))
     if tool != "fbgemm_fp8":
         change(folder, edit)
         settings = {"quantization": {"quant_algo": "FP8", "exclude_modules": ["lm_head"]}}

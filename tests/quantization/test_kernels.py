@@ -25,7 +25,9 @@ from sglang.kernels.w8a8_gemv import w8a8_fused_linear_naive, w8a8_fused_linear_
 from tests.kernels.common import DEVICE, DTYPES, GPU, assert_close, randn, random_int4, seeds
 
 
-def random_case(seed: int) -> tuple[Int4Weight, torch.dtype]:
+def random_case(
+    seed: int, scale_dtype: torch.dtype = torch.float32
+) -> tuple[Int4Weight, torch.dtype]:
     random.seed(seed)
     torch.manual_seed(seed)
     group = random.choice([32, 64, 128, -1])
@@ -33,8 +35,7 @@ def random_case(seed: int) -> tuple[Int4Weight, torch.dtype]:
     k = max(k, group)
     n = random.choice([16, 40, 64, 136])
     dtype = random.choice(DTYPES)
-    # Tensor cores get scales in a 16-bit type, in which a checkpoint has them.
-    return random_int4(n, k, k if group == -1 else group, torch.bfloat16), dtype
+    return random_int4(n, k, k if group == -1 else group, scale_dtype), dtype
 
 
 def test_packing_is_undone_by_unpacking():
@@ -121,7 +122,8 @@ def assert_alike(actual: torch.Tensor, expected: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("seed", seeds(8, 24))
 def test_int4_dot(seed):
-    w, dtype = random_case(seed)
+    # A checkpoint's scales are of a 16-bit type, and tensor cores get them in one.
+    w, dtype = random_case(seed, torch.bfloat16)
     tokens = random.choice([3, 16, 21, 40])
     x = randn(tokens, w.num_inputs, dtype=dtype) * 0.2
     bias = randn(len(w.packed), dtype=dtype) if seed % 2 else None
